@@ -1,0 +1,50 @@
+"""Causal attention over packed sequences, with a CPU and a CUDA back-end of one signature.
+
+Queries are (T, H, D), keys and values (T, K, D) with H a multiple of K (grouped-query attention): query
+head h reads key/value head h // (H / K). Scores are scaled by 1 / sqrt(D).
+"""
+
+import inspect
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+
+def packed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> torch.Tensor:
+    """Each token attends to itself and to what precedes it in its own sequence.
+
+    Args: q (T, H, D), k and v (T, K, D), cu_seqlens (N+1,) int32, max_seqlen: tokens of the longest sequence.
+    Returns: (T, H, D), dtype of q.
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _varlen_attention(q, k, v, cu_seqlens, max_seqlen)
+    return _loop_attention(q, k, v, cu_seqlens)
+
+
+def _loop_attention(q, k, v, cu_seqlens):
+    """One dense causal call a sequence: no padding, no block mask, nothing quadratic in T."""
+    outputs = []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        q_i, k_i, v_i = (x[None, start:end].transpose(1, 2) for x in (q, k, v))  # (1, heads, L, D)
+        out = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out.transpose(1, 2)[0])  # (L, H, D)
+    return torch.cat(outputs)
+
+
+def _varlen_attention(q, k, v, cu_seqlens, max_seqlen):
+    """FlashAttention over the packed tokens: one kernel for all sequences, no host synchronisation."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **options
+    )
