@@ -1,0 +1,277 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from redi.tokenizer import CHATML_TEMPLATE, PROMPT_TEMPLATES, Tokenizer, resolve_directory, user_message
+
+ROOT = Path(__file__).resolve().parent.parent
+THINK = "<think>\n"
+# Qwen2.5-Math's template, without its branches for tools
+QWEN_TEMPLATE = r"""{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+{%- else %}
+    {{- '<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role != "system" or not loop.first %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+THINKING_TEMPLATE = QWEN_TEMPLATE.replace(r"assistant\n' }}", r"assistant\n<think>\n' }}")
+
+
+def write_tokenizer(directory: Path, template=None, config=None) -> Path:
+    """A small byte-level BPE that has learnt to merge ">" with a newline, and newlines with each other."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(["<think>\n\nOkay, so 1 + 1 is 2.\n</think>\n\nassistant\n<think>\n\n"] * 20, trainer)
+    bpe.enable_truncation(3)
+    bpe.enable_padding(length=16)
+    directory.mkdir(parents=True, exist_ok=True)
+    bpe.save(str(directory / "tokenizer.json"))
+    config = {"eos_token": "<|endoftext|>", **(config or {})}
+    if template is not None:
+        config["chat_template"] = template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_ids_and_text_without_padding_or_truncation(tmp_path):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path))
+    text = "Okay, so 1 + 1 is 2: half of π²? naïve 日本.\n\n<|im_end|>"
+    ids = tokenizer.encode(text)
+    assert len(ids) > 16 and tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.decode(ids) == text.removesuffix("<|im_end|>")
+    assert tokenizer.encode("") == [] and tokenizer.encode_batch([text, "", "1"])[::2] == [ids, tokenizer.encode("1")]
+    assert tokenizer.vocab_size == 299 and max(ids) < 299
+    with pytest.raises(ValueError, match="UTF-8"):
+        tokenizer.encode("half a pair: \ud83d")
+
+
+def test_built_in_chatml_and_the_tokens_that_stop(tmp_path):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path))
+    messages = [user_message("1 + 1?")]
+    assert tokenizer.chat_template == CHATML_TEMPLATE
+    assert tokenizer.render_prompt(messages) == "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.render_prompt(messages, "Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    assert (tokenizer.end_of_text_id, tokenizer.end_of_turn_id, tokenizer.stop_ids) == (0, 2, [2, 0])
+
+
+def test_end_of_turn_follows_the_template_and_eos_ids_of_the_model_also_stop(tmp_path):
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "a", template))
+    assert tokenizer.end_of_turn_id == 0 and tokenizer.end_of_text_id is None and tokenizer.stop_ids == [0]
+    none_shown = write_tokenizer(tmp_path / "b", "{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    (none_shown / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    tokenizer = Tokenizer.from_pretrained(none_shown)
+    assert tokenizer.end_of_turn_id == 0 and tokenizer.end_of_text_id == 1 and tokenizer.stop_ids == [0, 1]
+    swapped = write_tokenizer(tmp_path / "c", QWEN_TEMPLATE, {"eos_token": "<|im_end|>"})  # as in instruct models
+    assert Tokenizer.from_pretrained(swapped).stop_ids == [2, 0]
+
+
+def test_template_from_file_key_or_list_and_the_system_prompt(tmp_path):
+    messages = [{"role": "user", "content": "1 + 1?"}]
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": QWEN_TEMPLATE}]
+    by_key = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "key", QWEN_TEMPLATE))
+    by_list = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "list", named))
+    directory = write_tokenizer(tmp_path / "file", "the key must lose against the file")
+    (directory / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+    by_file = Tokenizer.from_pretrained(directory)
+    expected = ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+                "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n")
+    assert [t.render_prompt(messages) for t in (by_key, by_list, by_file)] == [expected] * 3
+    own = by_key.render_prompt([{"role": "system", "content": "old"}, *messages], "Own.")
+    assert own == "<|im_start|>system\nOwn.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("template", [None, QWEN_TEMPLATE, THINKING_TEMPLATE])
+@pytest.mark.parametrize("prompt_template", list(PROMPT_TEMPLATES))
+@pytest.mark.parametrize("rest", ["Okay.\n</think>\n\n2", "\nOkay", ""])
+def test_evaluation_prompt_and_start_of_completion_equal_the_training_ids(tmp_path, template, prompt_template, rest):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template))
+    messages = [user_message("1 + 1?", prompt_template)]
+    evaluation = tokenizer.encode_prompt(messages, prefill=THINK) + tokenizer.encode(rest)
+    prompt_text = tokenizer.render_prompt(messages)
+    training = tokenizer.encode_prompt(messages) + tokenizer.encode_completion(THINK + rest, THINK, prompt_text)
+    assert training == evaluation
+    whole = prompt_text + rest if prompt_text.endswith(THINK) else prompt_text + THINK + rest
+    assert tokenizer.decode(training, skip_special_tokens=False) == whole  # one <think>, one newline after it
+
+
+def test_without_the_split_ids_would_differ(tmp_path):
+    """The tokenizer of these tests merges across the prefill's end, so the tests above can fail."""
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path))
+    assert tokenizer.encode(THINK + "\nOkay") != tokenizer.encode(THINK) + tokenizer.encode("\nOkay")
+    assert tokenizer.encode_completion("<think>\n\nOkay") == tokenizer.encode(THINK) + tokenizer.encode("\nOkay")
+    assert tokenizer.encode_completion("Okay") == tokenizer.encode("Okay")
+    assert tokenizer.encode_completion(THINK + "\nOkay", prefill="") == tokenizer.encode(THINK + "\nOkay")
+
+
+def test_paper_evaluation_template():
+    content = user_message("What is {problem}?", "open-r1")["content"]
+    assert content.startswith("Solve the following math problem efficiently and clearly.  The last line of your ")
+    assert "'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes)" in content
+    assert content.endswith("Think step by step before answering.\n\nWhat is {problem}?")
+    assert user_message("x")["content"] == "x"
+
+
+def test_template_conventions(tmp_path):
+    template = ("{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}\n"
+                "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y')[:2] }}{{ eos_token }}"
+                "{% if messages | length > 2 %}{{ raise_exception('too many messages') }}{% endif %}")
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template))
+    message = {"role": "user", "content": "<é>"}
+    assert tokenizer.render_prompt([message]) == '{"role": "user", "content": "<é>"}20<|endoftext|>'
+    with pytest.raises(ValueError, match="too many messages"):
+        tokenizer.render_prompt([message] * 3)
+
+
+@pytest.mark.parametrize("template, reason", [
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    ("{{ messages.append(1) }}", "unsafe"),
+    ("{{ cycler.__init__.__globals__.os.system('touch escaped') }}", "unsafe"),
+    ("{{ ('x' * 10000000000) | length }}", "MemoryError"),
+    ("{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}", "MemoryError"),
+    ("{{ 'x' * 2000000 }}", "2000000 characters"),
+    ("{% include '/etc/passwd' %}", "loader"),
+    ("{% for message in messages %}", "end"),
+    ("{{ raise_exception('no') }}", "no"),
+    ("{" * 100_000, ""),
+])
+def test_hostile_templates_are_refused_in_one_sentence(tmp_path, template, reason):
+    with pytest.raises(ValueError, match="chat template") as error:
+        Tokenizer.from_pretrained(write_tokenizer(tmp_path, template))
+    assert reason in str(error.value) and str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600 and not Path("escaped").exists()
+
+
+@pytest.mark.parametrize("template", [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 9 ** (9 ** 9) }}"])
+def test_endless_templates_are_stopped(tmp_path, template, monkeypatch):
+    monkeypatch.setattr("redi.tokenizer.TEMPLATE_SECONDS", 0.25)  # the wall clock's limit, four times this
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="chat template did not finish in 1.0 s"):
+        Tokenizer.from_pretrained(write_tokenizer(tmp_path, template))
+    assert time.monotonic() - started < 5
+
+
+def test_cpu_limit_of_the_child(tmp_path):
+    """Also without the parent's clock, as when the parent is killed meanwhile, the child ends."""
+    request = {"template": "{{ 9 ** (9 ** 9) }}", "special_tokens": {}}
+    code = ("import io, json, sys; import redi.tokenizer as t; t.TEMPLATE_SECONDS = 1; "
+            f"sys.stdin = io.StringIO({json.dumps(request)!r}); t._render_in_child()")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode < 0
+
+
+@pytest.mark.parametrize("name, content, reason", [
+    ("tokenizer.json", "{", "tokenizer.json: not a tokenizer"),
+    ("tokenizer.json", None, "no tokenizer.json"),
+    ("tokenizer_config.json", "[1]", "expected a JSON object, found list"),
+    ("tokenizer_config.json", '{"a": ', "malformed JSON"),
+    ("tokenizer_config.json", "[" * 100_000, "malformed JSON"),
+    ("tokenizer_config.json", b"\xff\xfe", "not UTF-8"),
+    ("tokenizer_config.json", '{"eos_token": "</s>"}', "eos_token '</s>' is not in tokenizer.json"),
+    ("tokenizer_config.json", '{"chat_template": 3}', "chat_template must be a string, found int"),
+    ("chat_template.jinja", b"\xff", "chat_template.jinja: not UTF-8"),
+])
+def test_broken_files_are_named(tmp_path, name, content, reason):
+    write_tokenizer(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as error:
+        Tokenizer.from_pretrained(tmp_path)
+    assert reason in str(error.value) and str(tmp_path) in str(error.value)
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """Lists one repository ("org/tiny", and "org/evil" with a name that climbs out) and serves its files."""
+    files: dict = {}
+    listing: list = []
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        if "/api/" in self.path and "org/tiny" in self.path:
+            answer = {"id": "org/tiny", "sha": "a" * 40, "siblings": [{"rfilename": n} for n in self.listing]}
+            if "/tree/" in self.path:
+                answer = [{"type": "file", "path": n, "size": 1, "oid": "b" * 40} for n in self.listing]
+            self.answer(200, json.dumps(answer).encode())
+        elif self.path.startswith("/org/tiny/resolve/") and self.path.split("/", 5)[5] in self.files:
+            body = self.files[self.path.split("/", 5)[5]]
+            self.answer(200, body, {"ETag": '"%d"' % hash(body), "X-Repo-Commit": "a" * 40})
+        else:
+            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    def answer(self, status, body, headers=()):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **dict(headers)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
+                   "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    load = "Tokenizer.from_pretrained(sys.argv[1]).stop_ids"
+    yield lambda name, call=load, **extra: subprocess.run(
+        [sys.executable, "-c", f"import sys; from redi.tokenizer import Tokenizer, resolve_directory; print({call})", name],
+        env={**environment, **extra}, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    server.shutdown()
+
+
+def test_hub_ids(tmp_path, hub, monkeypatch):
+    directory = write_tokenizer(tmp_path / "local", QWEN_TEMPLATE)
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    monkeypatch.setattr(FakeHub, "files", files)
+    monkeypatch.setattr(FakeHub, "listing", [*files, "model.safetensors"])
+    assert hub("org/tiny").stdout == "[2, 0]\n"
+    missing = hub("org/missing")
+    assert "ValueError: org/missing: no such directory, and the Hugging Face hub gave no model" in missing.stderr
+    offline = hub("org/other", HF_HUB_OFFLINE="1")
+    assert "ValueError: org/other: no such directory, and" in offline.stderr
+    cached = hub("org/tiny", HF_HUB_OFFLINE="1")
+    assert cached.stdout == "[2, 0]\n"
+
+
+def test_hub_listing_cannot_climb_out(tmp_path, hub, monkeypatch):
+    name = "../../../../../escaped/tokenizer.json"
+    monkeypatch.setattr(FakeHub, "files", {name: b"{}"})
+    monkeypatch.setattr(FakeHub, "listing", [name])
+    result = hub("org/tiny", call="resolve_directory(sys.argv[1], ['*.json'])")
+    assert result.returncode != 0 and "ValueError: org/tiny" in result.stderr
+    assert not list(tmp_path.rglob("escaped")) and not (tmp_path.parent / "escaped").exists()
+
+
+def test_names_that_are_no_directory_and_no_repository(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="expected a directory, found a file"):
+        resolve_directory(tmp_path / "file", ["*"])
+    with pytest.raises(ValueError, match="no such directory"):
+        resolve_directory(tmp_path / "missing" / "model", ["*"])
