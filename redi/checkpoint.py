@@ -1,0 +1,410 @@
+"""Hugging Face model directories in and out, and training state that commits by one rename.
+
+Nothing here is a pickle: weights and optimiser moments are safetensors, the rest is JSON. Sharded parameters
+(FSDP) hold consecutive rows of dimension 0, so each rank reads and writes its own rows only.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from redi.model import CausalLM, ModelConfig
+
+SHARD_BYTES = 5 * 2**30
+FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
+# Files beside the weights that a model directory needs to be usable elsewhere.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+    "vocab.json", "merges.txt", "added_tokens.json",
+)  # fmt: skip
+
+
+def load_config(directory: str | Path, **overrides) -> ModelConfig:
+    """Read DIRECTORY/config.json; overrides (rope_theta, max_position_embeddings) replace its values.
+
+    Raises ValueError naming the file and the key.
+    """
+    path = Path(directory) / "config.json"
+    raw = _read_json(path)
+    try:
+        return ModelConfig.from_dict(raw, **overrides)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_pretrained(
+    directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **overrides
+) -> CausalLM:
+    """A model directory as a whole model on one device, for inference or as a start. Overrides as in load_config.
+
+    Raises ValueError naming the file and the tensor that is missing, unexpected, or of the wrong shape.
+    """
+    config = load_config(directory, **overrides)
+    with torch.device("meta"):
+        model = CausalLM(config).to(dtype)
+    check_weights(model, directory)  # before any memory is taken
+    model.to_empty(device=device)
+    load_weights(model, directory)
+    return model
+
+
+def check_weights(model: CausalLM, directory: str | Path) -> None:
+    """Compare names, shapes and dtypes in the weight files' headers with the model's parameters."""
+    _weight_slices(model, Path(directory))
+
+
+@torch.no_grad()
+def load_weights(model: CausalLM, directory: str | Path) -> None:
+    """Copy a directory's weights into the parameters, each rank its own rows, cast to the parameters' dtype."""
+    weights = _weight_slices(model, Path(directory))
+    for name, parameter in model.named_parameters():
+        local, rows = local_rows(parameter)
+        local.copy_(weights[name][rows.start : rows.stop])
+
+
+def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """This rank's part of a parameter, and which rows of the whole it is.
+
+    FSDP2 shards dimension 0 as torch.chunk does: ceil(rows / ranks) rows each, the last ranks fewer or none.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(0, parameter.shape[0])
+    local, mesh = parameter.to_local(), parameter.device_mesh
+    rows = chunk_rows(parameter.shape[0], mesh.get_local_rank(), mesh.size())
+    assert rows.stop - rows.start == local.shape[0]
+    return local, rows
+
+
+def chunk_rows(length: int, rank: int, world_size: int) -> slice:
+    size = -(-length // world_size)
+    return slice(min(rank * size, length), min((rank + 1) * size, length))
+
+
+def _weight_slices(model: CausalLM, directory: Path) -> dict:
+    """Name -> lazily read safetensors slice, for exactly the parameters of the model."""
+    index = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if single.is_file():
+        files = {single.name}
+    elif index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index}: expected an object 'weight_map' from tensor names to file names")
+        files = set(weight_map.values())
+        for name in files:
+            if Path(name).name != name:
+                raise ValueError(f"{index}: the file name {name!r} points outside the directory")
+    else:
+        raise ValueError(f"{directory} holds no weights (neither model.safetensors nor {index.name})")
+    expected = dict(model.named_parameters())
+    slices = {}
+    for name in sorted(files):
+        handle = _open_safetensors(directory / name)
+        for key in handle.keys():
+            if key.endswith("rotary_emb.inv_freq"):
+                continue  # a buffer that old exporters wrote; computed from the config here
+            if key == "lm_head.weight" and model.config.tie_word_embeddings:
+                continue  # a copy of the embedding
+            if key not in expected:
+                raise ValueError(f"{directory / name}: unexpected tensor {key!r}, which the config has no place for")
+            piece = handle.get_slice(key)
+            shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+            if shape != tuple(expected[key].shape):
+                raise ValueError(
+                    f"{directory / name}: {key!r} has shape {shape}, "
+                    f"but config.json asks for {tuple(expected[key].shape)}"
+                )
+            if dtype not in FLOAT_DTYPES:
+                raise ValueError(f"{directory / name}: {key!r} has dtype {dtype}; expected a float of 16 to 64 bits")
+            slices[key] = piece
+    missing = [name for name in expected if name not in slices]
+    if missing:
+        raise ValueError(f"{directory}: the weights lack {missing[0]!r} ({len(missing)} of {len(expected)} are missing)")
+    return slices
+
+
+@torch.no_grad()
+def save_pretrained(
+    model: CausalLM, directory: str | Path, tokenizer=None, dtype: torch.dtype | None = None
+) -> None:
+    """Write a directory that transformers, vLLM and load_pretrained read. All ranks call; rank 0 writes.
+
+    Args:
+        tokenizer: a redi.tokenizer.Tokenizer; its files are copied and its stop ids become the generation
+            config's eos ids (vLLM takes stop ids from there).
+        dtype: of the saved weights; None keeps the parameters'.
+    Files above 5 GiB are split; whole tensors are gathered one at a time, so a rank holds one file's worth.
+    """
+    directory = Path(directory)
+    parameters = dict(model.named_parameters())
+    dtype = dtype or next(iter(parameters.values())).dtype
+    shards, size = [[]], 0
+    for name, parameter in parameters.items():
+        if size and size + parameter.numel() * dtype.itemsize > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += parameter.numel() * dtype.itemsize
+    writer = _rank() == 0
+    if writer:
+        directory.mkdir(parents=True, exist_ok=True)
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name in names:
+            full = parameters[name].full_tensor() if isinstance(parameters[name], DTensor) else parameters[name]
+            if writer:
+                tensors[name] = full.detach().to("cpu", dtype).contiguous()
+            weight_map[name] = file
+        if writer:
+            _save_safetensors(tensors, directory / file)
+    if not writer:
+        return
+    if len(shards) > 1:
+        total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+        _write_json(
+            directory / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
+    config = model.config.to_dict(dtype)
+    generation = {}
+    if tokenizer is not None:
+        for name in TOKENIZER_FILES:
+            if (tokenizer.directory / name).is_file():
+                shutil.copyfile(tokenizer.directory / name, directory / name)
+                _fsync(directory / name)
+        if (tokenizer.directory / "generation_config.json").is_file():
+            generation = _read_json(tokenizer.directory / "generation_config.json")
+        generation["eos_token_id"] = list(tokenizer.stop_ids)
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", generation)
+    _fsync(directory)
+
+
+# Training state. OUTPUT/step-000123/ is a model directory with a folder training_state/ in it:
+# rank-00000-of-00002.safetensors (that rank's rows of every parameter and AdamW moment, its RNG state) and
+# state.json (step, counters, file checksums). The step directory appears by one rename, after every byte of it
+# is on disk; anything else is the leftover of an interrupted save.
+
+
+def save_checkpoint(output: Path, model: CausalLM, optimizer, tokenizer, state: dict, dtype: torch.dtype) -> Path:
+    """Write OUTPUT/step-NNNNNN for state["step"]. All ranks call. Returns the path.
+
+    Raises OSError, on every rank alike, where any rank cannot write; nothing visible is changed then.
+    """
+    final = output / f"step-{state['step']:06d}"
+    partial = output / f"{final.name}.partial"
+    writer, world_size = _rank() == 0, _world_size()
+    failure, digest = None, None
+    try:
+        if writer:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "training_state").mkdir(parents=True)
+    except OSError as error:
+        failure = error
+    _raise_together(failure)
+    try:
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            moments = optimizer.state.get(parameter, {})
+            tensors[f"model.{name}"] = local_rows(parameter)[0].detach().cpu().contiguous()
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in moments:
+                    tensors[f"{key}.{name}"] = local_rows(moments[key])[0].cpu().contiguous()
+        tensors["rng_state"] = torch.get_rng_state()
+        path = partial / "training_state" / _rank_file(_rank(), world_size)
+        _save_safetensors(tensors, path)
+        digest = file_digest(path)
+    except OSError as error:
+        failure = error
+    _raise_together(failure)
+    digests = _gather(digest)
+    try:
+        save_pretrained(model, partial, tokenizer, dtype)
+        if writer:
+            updates = [moments["step"] for moments in optimizer.state.values()]
+            state = {**state, "updates": int(updates[0].item()) if updates else 0, "world_size": world_size}
+            state["sha256"] = {_rank_file(rank, world_size): value for rank, value in enumerate(digests)}
+            _write_json(partial / "training_state" / "state.json", state)
+            _fsync(partial / "training_state")
+            _fsync(partial)
+            if final.exists():
+                shutil.rmtree(final)
+            os.rename(partial, final)
+            _fsync(output)
+    except OSError as error:
+        failure = error
+    _raise_together(failure)
+    return final
+
+
+def load_checkpoint(path: Path, model: CausalLM, optimizer) -> dict:
+    """Restore parameters, AdamW moments and RNG from a step directory, at any world size. Returns state.json.
+
+    The optimiser's state is created where it is empty. Bitwise exact.
+    """
+    state = _read_json(path / "training_state" / "state.json")
+    saved_ranks = state["world_size"]
+    files = [_open_safetensors(path / "training_state" / _rank_file(r, saved_ranks)) for r in range(saved_ranks)]
+
+    @torch.no_grad()
+    def restore(target: torch.Tensor, key: str) -> None:
+        """Fill this rank's rows from whichever saved ranks hold them."""
+        local, rows = local_rows(target)
+        for rank, file in enumerate(files):
+            saved = chunk_rows(target.shape[0], rank, saved_ranks)
+            start, stop = max(rows.start, saved.start), min(rows.stop, saved.stop)
+            if start < stop:
+                piece = file.get_slice(key)[start - saved.start : stop - saved.start]
+                local[start - rows.start : stop - rows.start].copy_(piece)
+
+    for name, parameter in model.named_parameters():
+        restore(parameter, f"model.{name}")
+        if state["updates"]:
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            for key, value in moments.items():
+                restore(value, f"{key}.{name}")
+            moments["step"] = torch.tensor(float(state["updates"]), device=local_rows(parameter)[0].device)
+            optimizer.state[parameter] = moments
+    torch.set_rng_state(files[min(_rank(), saved_ranks - 1)].get_tensor("rng_state"))
+    return state
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest step directory whose files are whole. All ranks call and get the same answer.
+
+    A damaged one is named on the screen and passed over; a leftover of an interrupted save is no candidate.
+    """
+    for path in reversed(checkpoints(output)):
+        problem = _damage(path)
+        problems = [p for p in _gather(problem) if p]
+        if not problems:
+            return path
+        if _rank() == 0:
+            print(f"{path} is damaged and passed over: {problems[0]}", flush=True)
+    return None
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Committed step directories, oldest first."""
+    if not output.is_dir():
+        return []
+    return sorted(path for path in output.iterdir() if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir())
+
+
+def remove_leftovers(output: Path) -> None:
+    """Delete what an interrupted save left behind. For rank 0, before training."""
+    for path in output.glob("*.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; each rank reads its share of them."""
+    try:
+        state = _read_json(path / "training_state" / "state.json")
+        digests = sorted(state["sha256"].items())
+        for name, digest in digests[_rank() :: _world_size()]:
+            if file_digest(path / "training_state" / name) != digest:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError) as error:
+        return str(error)
+    return None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(directory: str | Path) -> str:
+    """SHA-256 over config.json and the weight files of a model directory: which model this is."""
+    directory = Path(directory)
+    digest = hashlib.sha256()
+    for path in [directory / "config.json", *sorted(directory.glob("model*.safetensors"))]:
+        digest.update(file_digest(path).encode())
+    return digest.hexdigest()
+
+
+def _rank_file(rank: int, world_size: int) -> str:
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def _open_safetensors(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _save_safetensors(tensors: dict, path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the library's way to report a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
+    os.chmod(path, 0o644)  # written 0600, which another user's inference server cannot read
+    _fsync(path)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _write_json(path: Path, value: dict) -> None:
+    with open(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _gather(value) -> list:
+    """One small JSON-like value of every rank, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _raise_together(failure: OSError | None) -> None:
+    """Raise on all ranks where one has failed, so that none waits for the others in a collective."""
+    problems = [text for text in _gather(None if failure is None else str(failure)) if text]
+    if problems:
+        raise OSError(problems[0]) from failure
