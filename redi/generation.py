@@ -1,0 +1,267 @@
+"""Sampling with a cache of keys and values. Knows token ids only.
+
+Rows of the cache are decoded together; a row that finishes is given to the next request at once. The random number
+behind a token depends on its request's key, its position and nothing else, so a request's sample does not depend on
+what is decoded beside it, as far as the logits do not. On CPU they do not depend on it at all: the model is always
+run on DECODE_TILE tokens (matrix products of another shape may round differently), prompts one at a time, and
+attention row by row. On CUDA the shapes depend on `rows` and on the longest row, so samples are equal to the extent
+that kernels round equally.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+
+from redi.attention import cached_attention, packed_attention
+
+DECODE_TILE = 16  # tokens that one call of the model decodes on CPU
+CACHE_BLOCK = 1024  # slots; the cache grows in whole blocks
+
+
+@dataclass
+class Request:
+    """One sample to draw. Requests with the same prompt that follow each other share one pass over the prompt."""
+
+    prompt_ids: list[int]
+    key: int  # from `sample_key`
+    max_new_tokens: int
+
+
+@dataclass
+class _Row:
+    index: int
+    request: Request
+    ids: list[int] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Position of the newest token: sampled, its keys and values not yet in the cache."""
+        return len(self.request.prompt_ids) + len(self.ids) - 1
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    requests: Iterable[Request],
+    stop_ids: Iterable[int],
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    rows: int = DECODE_TILE,
+) -> Iterator[tuple[int, list[int], str]]:
+    """Draw one sample a request and yield (index of the request, sampled ids, finish reason) as samples finish.
+
+    The ids include the stop id that ended the sample (reason "stop"); reason "length" means that max_new_tokens
+    ids came without one. Temperature 0 is greedy. At most `rows` requests are decoded at a time; requests are taken
+    from the iterable as rows become free.
+    Raises ValueError when the logits are not finite.
+    """
+    stop_ids, requests = frozenset(stop_ids), enumerate(requests)
+    cache = KVCache(model, rows)
+    active: list[_Row] = []  # active[i] owns row i of the cache
+    prompt_ids = None
+    while True:
+        while len(active) < rows and (entry := next(requests, None)):
+            row = _Row(*entry)
+            if row.request.prompt_ids != prompt_ids:
+                prompt_ids = row.request.prompt_ids
+                prompt, prompt_logits = _prefill(model, prompt_ids)
+            row.ids += sample(prompt_logits, [row.request.key], [len(prompt_ids)], temperature, top_p)
+            if reason := _finish_reason(row, stop_ids):
+                yield row.index, row.ids, reason
+                continue
+            cache.reserve(len(prompt_ids) + 1, [r.position for r in active])
+            cache.write_prompt(len(active), prompt)
+            active.append(row)
+        if not active:
+            return
+
+        positions = [row.position for row in active]
+        cache.reserve(max(positions) + 1, positions)
+        logits = cache.decode([row.ids[-1] for row in active], positions)
+        next_positions = [position + 1 for position in positions]
+        keys = [row.request.key for row in active]
+        for row, token in zip(active, sample(logits, keys, next_positions, temperature, top_p)):
+            row.ids.append(token)
+        for i in reversed(range(len(active))):
+            if reason := _finish_reason(active[i], stop_ids):
+                yield active[i].index, active[i].ids, reason
+                last = active.pop()
+                if i < len(active):  # the last row moves into the gap: active rows stay the first ones
+                    cache.move(len(active), i, last.position)
+                    active[i] = last
+
+
+def _finish_reason(row: _Row, stop_ids: frozenset[int]) -> str | None:
+    if row.ids[-1] in stop_ids:
+        return "stop"
+    return "length" if len(row.ids) >= row.request.max_new_tokens else None
+
+
+def _prefill(model, prompt_ids: list[int]):
+    """Run the model over one prompt. Returns its (keys, values) by layer, each (K, T, D), and logits (1, V)."""
+    device, length = model.head_weight.device, len(prompt_ids)
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
+    by_layer = []
+
+    def attend(layer, q, k, v):
+        by_layer.append((k.transpose(0, 1), v.transpose(0, 1)))
+        return packed_attention(q, k, v, cu_seqlens, length)
+
+    input_ids = torch.tensor(prompt_ids, device=device)
+    hidden = model.hidden(input_ids, torch.arange(length, device=device), attend)
+    return by_layer, model.logits(hidden[-1:])
+
+
+class KVCache:
+    """Keys and values of up to `rows` sequences: by layer (rows, K, capacity, D), where slot == position.
+
+    The capacity follows the longest sequence so far, in whole blocks. On CPU, pages that no row has written to take
+    no memory.
+    """
+
+    def __init__(self, model, rows: int):
+        self.model, config, weight = model, model.config, model.head_weight
+        self.on_cuda = weight.is_cuda
+        self.width = rows if self.on_cuda else DECODE_TILE  # tokens in one call of the model
+        rows = -(-rows // self.width) * self.width
+        shape = (rows, config.num_key_value_heads, 0, config.head_dim)
+        self.layers = [[weight.new_empty(shape) for _ in "kv"] for _ in range(config.num_hidden_layers)]
+        self.row_ids = torch.arange(self.width, device=weight.device)
+        self.capacity, self.graphs = 0, {}
+
+    def reserve(self, length: int, lengths: list[int]) -> None:
+        """Make room for `length` slots a row, keeping the first lengths[i] slots of row i."""
+        if length <= self.capacity:
+            return
+        # A quarter more than before, so that all copies together cost no more than a few times the final cache.
+        self.capacity = -(-max(length, self.capacity * 5 // 4) // CACHE_BLOCK) * CACHE_BLOCK
+        self.graphs.clear()  # they hold the old addresses
+        for tensors in self.layers:
+            for i, old in enumerate(tensors):
+                shape = (*old.shape[:2], self.capacity, old.shape[3])
+                # On CUDA unused slots are read and weighted with zero, which NaN would survive.
+                new = old.new_zeros(shape) if self.on_cuda else old.new_empty(shape)
+                for row, kept in enumerate(lengths):
+                    new[row, :, :kept] = old[row, :, :kept]
+                tensors[i] = new
+
+    def write_prompt(self, row: int, prompt: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for tensors, sources in zip(self.layers, prompt):
+            for tensor, source in zip(tensors, sources):
+                tensor[row, :, : source.shape[1]] = source
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for tensors in self.layers:
+            for tensor in tensors:
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def decode(self, input_ids: list[int], positions: list[int]) -> torch.Tensor:
+        """Run the model on the newest token of rows 0 to n-1, adding its keys and values. Returns logits (n, V)."""
+        n, device = len(input_ids), self.row_ids.device
+        padding = [0] * (-n % self.width)  # rows without a sequence: token 0 at position 0, result unused
+        input_ids = torch.tensor(input_ids + padding, device=device)
+        position_ids = torch.tensor(positions + padding, device=device)
+        if self.on_cuda:
+            return self._replay(input_ids, position_ids, max(positions) + 1)[:n]
+        logits = [
+            self._step(start, input_ids[start : start + self.width], position_ids[start : start + self.width])
+            for start in range(0, n, self.width)
+        ]
+        return torch.cat(logits)[:n] if len(logits) > 1 else logits[0][:n]
+
+    def _step(self, start: int, input_ids: torch.Tensor, position_ids: torch.Tensor, span: int | None = None):
+        """input_ids, position_ids (width,) of the rows from `start` on, reading `span` slots -> logits (width, V)."""
+
+        def attend(layer, q, k, v):
+            keys, values = (tensor[start : start + self.width, :, :span] for tensor in self.layers[layer])
+            keys[self.row_ids, :, position_ids] = k
+            values[self.row_ids, :, position_ids] = v
+            return cached_attention(q, keys, values, position_ids + 1)
+
+        return self.model.logits(self.model.hidden(input_ids, position_ids, attend))
+
+    def _replay(self, input_ids: torch.Tensor, position_ids: torch.Tensor, length: int) -> torch.Tensor:
+        """_step for all rows as one CUDA graph for each number of blocks that the longest row fills: launching the
+        kernels one by one costs more than running them."""
+        span = -(-length // CACHE_BLOCK) * CACHE_BLOCK
+        if span not in self.graphs:
+            inputs = input_ids.clone(), position_ids.clone()
+            self._step(0, *inputs, span)  # what kernels set up at their first call cannot be captured
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self._step(0, *inputs, span)
+            self.graphs[span] = graph, inputs, logits
+        graph, inputs, logits = self.graphs[span]
+        inputs[0].copy_(input_ids)
+        inputs[1].copy_(position_ids)
+        graph.replay()
+        return logits
+
+
+def sample(
+    logits: torch.Tensor, keys: list[int], positions: list[int], temperature: float, top_p: float
+) -> list[int]:
+    """One token a row from logits (N, V): temperature, then fp32 softmax, then top-p.
+
+    Top-p keeps the tokens for which the mass of all likelier tokens is below `top_p`. Drawing needs neither a sort
+    nor the kept set: a token is drawn from all and tested against that definition; if it fails, so does every token
+    that is no likelier, and the next draw is from the rest. One draw in 1 / top_p is enough on average or better
+    than that; the result is distributed as top-p says, since every set drawn from contains the kept one.
+    Temperature 0 takes the likeliest token.
+    Raises ValueError when logits are not finite.
+    """
+    if temperature == 0:
+        if not logits.amax(-1).isfinite().all():
+            raise ValueError("the model's logits are not finite")
+        return logits.argmax(-1).tolist()
+    probs = torch.softmax(logits / temperature, dim=-1)  # (N, V)
+    candidates, tokens, pending = probs, [0] * len(keys), list(range(len(keys)))
+    for attempt in count():
+        cdf = candidates.cumsum(-1, dtype=torch.float64)
+        if attempt == 0:
+            limits = top_p * cdf[:, -1:]
+            if not limits.isfinite().all():
+                raise ValueError("the model's logits are not finite")
+        noise = [uniform(keys[i], positions[i], attempt) for i in pending]
+        noise = torch.tensor(noise, dtype=torch.float64, device=probs.device)[:, None]
+        drawn = torch.searchsorted(cdf, noise * cdf[:, -1:], right=True)  # (n, 1), first whose cdf exceeds
+        accepted = in_nucleus(probs, drawn, limits)
+        for i, token, done in zip(pending, drawn[:, 0].tolist(), accepted[:, 0].tolist()):
+            if done:
+                tokens[i] = token
+        retry = (~accepted[:, 0]).nonzero()[:, 0]
+        if not len(retry):
+            return tokens
+        pending = [pending[i] for i in retry.tolist()]
+        probs, limits, drawn = probs[retry], limits[retry], drawn[retry]
+        candidates = _likelier(probs, drawn)
+
+
+def in_nucleus(probs: torch.Tensor, tokens: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """Whether the mass of the tokens that are likelier than `tokens` (N, 1) is below `limits` (N, 1): (N, 1) bool."""
+    return _likelier(probs, tokens).sum(-1, keepdim=True, dtype=torch.float64) < limits
+
+
+def _likelier(probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """probs (N, V) where they exceed that of the row's token (N, 1), else 0. A product with a 0/1 tensor of the same
+    dtype takes a tenth of the time of torch.where on CPU."""
+    exceeds = torch.gt(probs, probs.gather(-1, tokens), out=torch.empty_like(probs))
+    return exceeds.mul_(probs)
+
+
+def sample_key(seed: int, problem_id: str, sample: int) -> int:
+    """64 bits that name the random numbers of one sample."""
+    text = f"{seed}\0{sample}\0{problem_id}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def uniform(key: int, position: int, attempt: int = 0) -> float:
+    """A number in [0, 1 - 2^-48] from a counter: splitmix64 (Steele, Lea and Flood 2014) at the given place."""
+    mask = (1 << 64) - 1
+    z = (key + ((position << 16) + attempt + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return ((z ^ (z >> 31)) >> 16) * 2.0**-48
