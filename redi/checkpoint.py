@@ -12,11 +12,11 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from redi.distributed import gather, raise_together, rank, run_where, world_size
 from redi.model import CausalLM, ModelConfig
 
 SHARD_BYTES = 5 * 2**30
@@ -25,7 +25,7 @@ FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
     "vocab.json", "merges.txt", "added_tokens.json",
-)  # fmt: skip
+)
 
 
 def load_config(directory: str | Path, **overrides) -> ModelConfig:
@@ -84,9 +84,9 @@ def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:
     return local, rows
 
 
-def chunk_rows(length: int, rank: int, world_size: int) -> slice:
-    size = -(-length // world_size)
-    return slice(min(rank * size, length), min((rank + 1) * size, length))
+def chunk_rows(length: int, index: int, chunks: int) -> slice:
+    size = -(-length // chunks)
+    return slice(min(index * size, length), min((index + 1) * size, length))
 
 
 def _weight_slices(model: CausalLM, directory: Path) -> dict:
@@ -143,6 +143,7 @@ def save_pretrained(
             config's eos ids (vLLM takes stop ids from there).
         dtype: of the saved weights; None keeps the parameters'.
     Files above 5 GiB are split; whole tensors are gathered one at a time, so a rank holds one file's worth.
+    Raises OSError on every rank where rank 0 cannot write.
     """
     directory = Path(directory)
     parameters = dict(model.named_parameters())
@@ -154,10 +155,7 @@ def save_pretrained(
             size = 0
         shards[-1].append(name)
         size += parameter.numel() * dtype.itemsize
-    writer = _rank() == 0
-    if writer:
-        directory.mkdir(parents=True, exist_ok=True)
-    weight_map = {}
+    writer, failure, weight_map = rank() == 0, None, {}
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
@@ -166,29 +164,37 @@ def save_pretrained(
             if writer:
                 tensors[name] = full.detach().to("cpu", dtype).contiguous()
             weight_map[name] = file
-        if writer:
-            _save_safetensors(tensors, directory / file)
-    if not writer:
-        return
-    if len(shards) > 1:
-        total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
-        _write_json(
-            directory / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": weight_map},
-        )
-    config = model.config.to_dict(dtype)
-    generation = {}
-    if tokenizer is not None:
-        for name in TOKENIZER_FILES:
-            if (tokenizer.directory / name).is_file():
-                shutil.copyfile(tokenizer.directory / name, directory / name)
-                _fsync(directory / name)
-        if (tokenizer.directory / "generation_config.json").is_file():
-            generation = _read_json(tokenizer.directory / "generation_config.json")
-        generation["eos_token_id"] = list(tokenizer.stop_ids)
-    _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", generation)
-    _fsync(directory)
+        if writer and failure is None:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                _save_safetensors(tensors, directory / file)
+            except OSError as error:  # kept until the other ranks' gathers are served
+                failure = error
+    if writer and failure is None:
+        try:
+            if len(shards) > 1:
+                total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                _write_json(directory / "model.safetensors.index.json", index)
+            _write_json(directory / "config.json", model.config.to_dict(dtype))
+            _write_json(directory / "generation_config.json", _copy_tokenizer(tokenizer, directory))
+            _fsync(directory)
+        except OSError as error:
+            failure = error
+    raise_together(failure)
+
+
+def _copy_tokenizer(tokenizer, directory: Path) -> dict:
+    """Copy the tokenizer's files; return the generation config that goes with them."""
+    if tokenizer is None:
+        return {}
+    for name in TOKENIZER_FILES:
+        source = tokenizer.directory / name
+        if source.is_file() and source.parent.resolve() != directory.resolve():
+            shutil.copyfile(source, directory / name)
+            _fsync(directory / name)
+    source = tokenizer.directory / "generation_config.json"
+    return {**(_read_json(source) if source.is_file() else {}), "eos_token_id": list(tokenizer.stop_ids)}
 
 
 # Training state. OUTPUT/step-000123/ is a model directory with a folder training_state/ in it:
@@ -200,52 +206,68 @@ def save_pretrained(
 def save_checkpoint(output: Path, model: CausalLM, optimizer, tokenizer, state: dict, dtype: torch.dtype) -> Path:
     """Write OUTPUT/step-NNNNNN for state["step"]. All ranks call. Returns the path.
 
-    Raises OSError, on every rank alike, where any rank cannot write; nothing visible is changed then.
+    Raises OSError, on every rank alike, where any rank cannot write; no committed checkpoint is touched then.
     """
-    final = output / f"step-{state['step']:06d}"
-    partial = output / f"{final.name}.partial"
-    writer, world_size = _rank() == 0, _world_size()
-    failure, digest = None, None
-    try:
-        if writer:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "training_state").mkdir(parents=True)
-    except OSError as error:
-        failure = error
-    _raise_together(failure)
-    try:
-        tensors = {}
-        for name, parameter in model.named_parameters():
-            moments = optimizer.state.get(parameter, {})
-            tensors[f"model.{name}"] = local_rows(parameter)[0].detach().cpu().contiguous()
-            for key in ("exp_avg", "exp_avg_sq"):
-                if key in moments:
-                    tensors[f"{key}.{name}"] = local_rows(moments[key])[0].cpu().contiguous()
-        tensors["rng_state"] = torch.get_rng_state()
-        path = partial / "training_state" / _rank_file(_rank(), world_size)
-        _save_safetensors(tensors, path)
-        digest = file_digest(path)
-    except OSError as error:
-        failure = error
-    _raise_together(failure)
-    digests = _gather(digest)
-    try:
+    def write(partial: Path) -> None:
+        folder = partial / "training_state"
+        path = folder / _rank_file(rank(), world_size())
+
+        def write_rows() -> str:
+            tensors = {"rng_state": torch.get_rng_state()}
+            for name, parameter in model.named_parameters():
+                tensors[f"model.{name}"] = local_rows(parameter)[0].detach().cpu().contiguous()
+                for key in ("exp_avg", "exp_avg_sq"):
+                    if parameter in optimizer.state:
+                        moment = local_rows(optimizer.state[parameter][key])[0]
+                        tensors[f"{key}.{name}"] = moment.cpu().contiguous()
+            folder.mkdir(parents=True, exist_ok=True)
+            _save_safetensors(tensors, path)
+            return file_digest(path)
+
+        digests = gather(run_where(True, write_rows))
         save_pretrained(model, partial, tokenizer, dtype)
-        if writer:
-            updates = [moments["step"] for moments in optimizer.state.values()]
-            state = {**state, "updates": int(updates[0].item()) if updates else 0, "world_size": world_size}
-            state["sha256"] = {_rank_file(rank, world_size): value for rank, value in enumerate(digests)}
-            _write_json(partial / "training_state" / "state.json", state)
-            _fsync(partial / "training_state")
-            _fsync(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(partial, final)
-            _fsync(output)
-    except OSError as error:
-        failure = error
-    _raise_together(failure)
-    return final
+        updates = [int(moments["step"].item()) for moments in optimizer.state.values()]
+        whole_state = {
+            **state,
+            "updates": updates[0] if updates else 0,
+            "world_size": world_size(),
+            "sha256": {_rank_file(r, world_size()): digest for r, digest in enumerate(digests)},
+        }
+        run_where(rank() == 0, lambda: _write_json(folder / "state.json", whole_state) or _fsync(folder))
+
+    return _commit(output / f"step-{state['step']:06d}", write)
+
+
+def save_final(output: Path, model: CausalLM, tokenizer, dtype: torch.dtype) -> Path:
+    """Write the model directory OUTPUT/final. All ranks call. Raises OSError as save_checkpoint does."""
+    return _commit(output / "final", lambda partial: save_pretrained(model, partial, tokenizer, dtype))
+
+
+def _commit(path: Path, write) -> Path:
+    """Let write(partial) fill a directory beside `path`; then rename it to `path`, once all of it is on disk."""
+    partial = path.with_name(f"{path.name}.partial")
+    writer = rank() == 0
+
+    def begin():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def rename():
+        _fsync(partial)
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(partial, path)
+        _fsync(path.parent)
+
+    run_where(writer, begin)
+    try:
+        write(partial)
+    except OSError:
+        if writer:  # gives a full disk its space back
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    run_where(writer, rename)
+    return path
 
 
 def load_checkpoint(path: Path, model: CausalLM, optimizer) -> dict:
@@ -261,8 +283,8 @@ def load_checkpoint(path: Path, model: CausalLM, optimizer) -> dict:
     def restore(target: torch.Tensor, key: str) -> None:
         """Fill this rank's rows from whichever saved ranks hold them."""
         local, rows = local_rows(target)
-        for rank, file in enumerate(files):
-            saved = chunk_rows(target.shape[0], rank, saved_ranks)
+        for saved_rank, file in enumerate(files):
+            saved = chunk_rows(target.shape[0], saved_rank, saved_ranks)
             start, stop = max(rows.start, saved.start), min(rows.stop, saved.stop)
             if start < stop:
                 piece = file.get_slice(key)[start - saved.start : stop - saved.start]
@@ -276,7 +298,7 @@ def load_checkpoint(path: Path, model: CausalLM, optimizer) -> dict:
                 restore(value, f"{key}.{name}")
             moments["step"] = torch.tensor(float(state["updates"]), device=local_rows(parameter)[0].device)
             optimizer.state[parameter] = moments
-    torch.set_rng_state(files[min(_rank(), saved_ranks - 1)].get_tensor("rng_state"))
+    torch.set_rng_state(files[min(rank(), saved_ranks - 1)].get_tensor("rng_state"))
     return state
 
 
@@ -287,10 +309,10 @@ def newest_checkpoint(output: Path) -> Path | None:
     """
     for path in reversed(checkpoints(output)):
         problem = _damage(path)
-        problems = [p for p in _gather(problem) if p]
+        problems = [p for p in gather(problem) if p]
         if not problems:
             return path
-        if _rank() == 0:
+        if rank() == 0:
             print(f"{path} is damaged and passed over: {problems[0]}", flush=True)
     return None
 
@@ -313,7 +335,7 @@ def _damage(path: Path) -> str | None:
     try:
         state = _read_json(path / "training_state" / "state.json")
         digests = sorted(state["sha256"].items())
-        for name, digest in digests[_rank() :: _world_size()]:
+        for name, digest in digests[rank() :: world_size()]:
             if file_digest(path / "training_state" / name) != digest:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError) as error:
@@ -336,8 +358,24 @@ def weights_digest(directory: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _rank_file(rank: int, world_size: int) -> str:
-    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file that appears under its name whole or not at all. Raises OSError."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        _save_safetensors(tensors, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Everything in a safetensors file. Raises ValueError naming the file."""
+    file = _open_safetensors(path)
+    return {key: file.get_tensor(key) for key in file.keys()}
+
+
+def _rank_file(index: int, ranks: int) -> str:
+    return f"rank-{index:05d}-of-{ranks:05d}.safetensors"
 
 
 def _open_safetensors(path: Path):
@@ -384,27 +422,3 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _gather(value) -> list:
-    """One small JSON-like value of every rank, in rank order, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _raise_together(failure: OSError | None) -> None:
-    """Raise on all ranks where one has failed, so that none waits for the others in a collective."""
-    problems = [text for text in _gather(None if failure is None else str(failure)) if text]
-    if problems:
-        raise OSError(problems[0]) from failure

@@ -1,0 +1,96 @@
+"""The process group, FSDP2 sharding, and what ranks tell each other. Without a process group there is one rank."""
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from redi.model import CausalLM
+
+
+def init_process_group() -> torch.device:
+    """Join the processes that torchrun started, or stand alone without it. Returns this process's device.
+
+    Calling again changes nothing. The device is this rank's GPU where there is one, otherwise the CPU.
+    """
+    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def shard(model: CausalLM, compute_dtype: torch.dtype) -> None:
+    """Shard parameters, gradients and optimiser state over all ranks, layer by layer (ZeRO-3).
+
+    Master weights keep the parameters' fp32; forward and backward run on copies in compute_dtype; gradients
+    are averaged in fp32. A tied embedding stays one parameter, in the root's group with the final norm.
+    """
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Rank among the processes of this machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum, in place, the same on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value) -> list:
+    """One small value (None, number, string, list) of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def raise_together(failure: Exception | None) -> None:
+    """Where a rank has failed, raise on every rank, so that none waits for the others in a collective.
+
+    The other ranks raise an OSError or a ValueError with the same words.
+    """
+    found = failure and [isinstance(failure, OSError), str(failure)]
+    failures = [f for f in gather(found) if f]
+    if failure:
+        raise failure
+    if failures:
+        is_os_error, words = failures[0]
+        raise (OSError if is_os_error else ValueError)(words)
+
+
+def run_where(condition: bool, function: Callable):
+    """Call the function on the ranks where the condition holds; the others wait. Failures reach every rank."""
+    result, failure = None, None
+    if condition:
+        try:
+            result = function()
+        except (OSError, ValueError) as error:
+            failure = error
+    raise_together(failure)
+    return result
