@@ -53,12 +53,13 @@ def train(args: argparse.Namespace) -> None:
     directory = resolve_directory(args.model, MODEL_FILES)
     tokenizer = Tokenizer.from_pretrained(directory)
     model = build_model(args, directory, tokenizer, device)
-    dataset = load_data(args, tokenizer, model.config.max_position_embeddings)
+    dataset = load_data(args, args.data, tokenizer, model.config.max_position_embeddings)
+    eval_dataset = args.eval_data and load_data(args, args.eval_data, tokenizer, model.config.max_position_embeddings)
     claim_output(args)  # nothing is written, or overwritten, before the inputs are known to be good
     reference = reference_logps(args, model, dataset, directory, device) if args.method == "dpo" else None
     optimizer = build_optimizer(args, model)
     total_steps = args.steps or math.ceil(args.epochs * math.ceil(len(dataset) / args.batch_size))
-    state = {"step": 0, "skipped": 0, "skipped_in_a_row": 0}
+    state = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "best_step": None, "best_margin": None}
     if args.resume and (newest := checkpoint.newest_checkpoint(args.output)):
         state = checkpoint.load_checkpoint(newest, model, optimizer)
     log = MetricsLog(args.output / "metrics.jsonl", state["step"])
@@ -92,18 +93,22 @@ def train(args: argparse.Namespace) -> None:
         state["step"] = step + 1
         state["skipped"] += not finite
         state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
-        seconds, started = time.perf_counter() - started, time.perf_counter()
+        seconds = time.perf_counter() - started
         metrics = step_metrics(args, dataset, rows, values, step + 1, epoch, lr, seconds, state["skipped"])
+        saving = bool(args.save_every) and (step + 1) % args.save_every == 0
+        if eval_dataset and (saving or step + 1 == total_steps):
+            metrics.update(held_out(args, model, eval_dataset, device, state))
         log.write(metrics)
         if step == 0 or (step + 1) % args.log_every == 0:
             say(readable(metrics))
         if not finite:
             report_skipped(args, dataset, rows, state)
-        if values["stopping"] or (args.save_every and (step + 1) % args.save_every == 0 and step + 1 < total_steps):
+        if saving or values["stopping"]:
             save(args, model, optimizer, tokenizer, state)
         if values["stopping"]:
             say(f"stopped after step {step + 1} of {total_steps}: run the same command with --resume to continue")
             raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
+        started = time.perf_counter()
 
     final = checkpoint.save_final(args.output, model, tokenizer, DTYPES[args.dtype])
     say(f"wrote {final}")
@@ -305,7 +310,7 @@ def build_optimizer(args, model: CausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def load_data(args, tokenizer: Tokenizer, context: int) -> data.Dataset:
+def load_data(args, path: Path, tokenizer: Tokenizer, context: int) -> data.Dataset:
     pairs = args.method != "sft"
     settings = data.TokenSettings(
         pairs=pairs,
@@ -317,10 +322,10 @@ def load_data(args, tokenizer: Tokenizer, context: int) -> data.Dataset:
         append_end_of_text=args.append_end_of_text,
         loss_on_prompt=args.loss_on_prompt,
     )
-    cache = cache_path(args, data.cache_name(args.data, tokenizer, settings))
+    cache = cache_path(args, data.cache_name(path, tokenizer, settings))
 
     def load():
-        return data.load_dataset(args.data, tokenizer, settings, cache)
+        return data.load_dataset(path, tokenizer, settings, cache)
 
     distributed.run_where(distributed.local_rank() == 0, load)  # tokenises, once a machine
     return load()
@@ -334,7 +339,6 @@ def cache_path(args, name: str) -> Path:
     return args.output / name
 
 
-@torch.no_grad()
 def reference_logps(args, model, dataset, directory: Path, device) -> torch.Tensor:
     """log π_ref of (chosen, rejected), (examples, 2) fp32: the start's, kept beside the data for other runs.
 
@@ -345,20 +349,33 @@ def reference_logps(args, model, dataset, directory: Path, device) -> torch.Tens
     # Decided by rank 0 alone: a file that one rank sees and another does not would leave them waiting.
     known = distributed.gather(path.is_file())[0]
     if not known:
-        logps = torch.zeros(len(dataset), 2, device=device)
-        blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // args.batch_size))
-        for rows in tqdm(blocks, "reference log-probs", disable=not is_shown(), unit="batch"):
-            for micro in micro_batches(args, model.config, dataset, rows):
-                micro = micro.to(device)
-                sums, _ = sequence_logps(model(*micro.model_inputs()), micro.labels, micro.cu_seqlens)
-                if micro.weight:
-                    logps[micro.rows] = torch.stack(sums.chunk(2), 1)
-        model.reshard()  # after a forward without backward the root's parameters are still gathered
-        logps = distributed.sum_over_ranks(logps).cpu()
-        distributed.run_where(
-            distributed.local_rank() == 0, lambda: checkpoint.save_tensors({"reference_logps": logps}, path)
-        )
+        tensors = {"reference_logps": completion_logps(args, model, dataset, device, "reference log-probs").cpu()}
+        distributed.run_where(distributed.local_rank() == 0, lambda: checkpoint.save_tensors(tensors, path))
     return checkpoint.load_tensors(path)["reference_logps"].to(device)
+
+
+@torch.no_grad()
+def completion_logps(args, model, dataset, device, title: str) -> torch.Tensor:
+    """log π of each example's completions under the current weights, (examples, k) fp32, on every rank."""
+    logps = torch.zeros(len(dataset), dataset.sequences_per_example, device=device)
+    blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // args.batch_size))
+    for rows in tqdm(blocks, title, disable=not is_shown(), unit="batch", leave=False):
+        for micro in micro_batches(args, model.config, dataset, rows):
+            micro = micro.to(device)
+            sums, _ = sequence_logps(model(*micro.model_inputs()), micro.labels, micro.cu_seqlens)
+            if micro.weight:
+                logps[micro.rows] = torch.stack(sums.chunk(dataset.sequences_per_example), 1)
+    model.reshard()  # after a forward without backward the root's parameters are still gathered
+    return distributed.sum_over_ranks(logps)
+
+
+def held_out(args, model, dataset, device, state: dict) -> dict:
+    """Per-token log-probs on --eval-data, for the log; and which step had the best margin, for the checkpoints."""
+    logps = completion_logps(args, model, dataset, device, "held-out pairs")
+    chosen, rejected = (logps.cpu() / torch.from_numpy(dataset.label_counts)).mean(0).tolist()
+    if state["best_step"] is None or chosen - rejected > state["best_margin"]:
+        state.update(best_step=state["step"], best_margin=chosen - rejected)
+    return {"eval_chosen_logp": chosen, "eval_rejected_logp": rejected, "eval_margin": chosen - rejected}
 
 
 def is_finished(args) -> bool:
@@ -408,14 +425,18 @@ def run_files(output: Path) -> list[Path]:
 
 
 def save(args, model, optimizer, tokenizer, state: dict) -> None:
-    """Commit a checkpoint, then let go of the oldest. A failed one is reported; training goes on without it."""
+    """Commit a checkpoint, then let go of the oldest, but never of the best on held-out pairs.
+
+    Where it cannot be written, say so and train on; the next one is tried again.
+    """
     try:
         checkpoint.save_checkpoint(args.output, model, optimizer, tokenizer, state, DTYPES[args.dtype])
     except OSError as error:
         return say(f"checkpoint of step {state['step']} not saved, going on without it: {error}")
     if distributed.rank() == 0 and args.keep_checkpoints:
         for path in checkpoint.checkpoints(args.output)[: -args.keep_checkpoints]:
-            shutil.rmtree(path, ignore_errors=True)
+            if path.name != checkpoint.step_name(state["best_step"]):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def catch_signals() -> list[int]:
@@ -460,6 +481,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("method", choices=list(STAGES))
     add("--model", required=True, help="model directory or Hugging Face hub id to start from")
     add("--data", required=True, type=Path, help="positives.jsonl for sft, pairs.jsonl otherwise")
+    add("--eval-data", type=Path, help="held-out rows in the same form: their log-probs are logged at every save, and "
+        "the checkpoint with the best margin is kept")
     add("--output", required=True, type=Path, help="directory for checkpoints, the final model and metrics.jsonl")
     add("--lr", type=float, help="peak learning rate (default: the paper's for the method)")
     add("--batch-size", type=int, help="examples or pairs per optimiser step, over all ranks")
@@ -521,8 +544,11 @@ def check_args(args) -> None:
         raise ValueError("--loss-on-prompt is for sft: the other methods compare responses")
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    if not args.data.is_file():
-        raise ValueError(f"--data {args.data}: no such file")
+    for path in filter(None, (args.data, args.eval_data)):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such data file")
+    if args.eval_data and args.method == "sft":
+        raise ValueError("--eval-data holds pairs, whose margin decides which checkpoint is best: not for sft")
 
 
 def main(argv: list[str] | None = None) -> None:

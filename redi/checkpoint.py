@@ -235,7 +235,7 @@ def save_checkpoint(output: Path, model: CausalLM, optimizer, tokenizer, state: 
         }
         run_where(rank() == 0, lambda: _write_json(folder / "state.json", whole_state) or _fsync(folder))
 
-    return _commit(output / f"step-{state['step']:06d}", write)
+    return _commit(output / step_name(state["step"]), write)
 
 
 def save_final(output: Path, model: CausalLM, tokenizer, dtype: torch.dtype) -> Path:
@@ -315,6 +315,10 @@ def newest_checkpoint(output: Path) -> Path | None:
         if rank() == 0:
             print(f"{path} is damaged and passed over: {problems[0]}", flush=True)
     return None
+
+
+def step_name(step: int | None) -> str | None:
+    return None if step is None else f"step-{step:06d}"
 
 
 def checkpoints(output: Path) -> list[Path]:
