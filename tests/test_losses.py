@@ -1,0 +1,296 @@
+"""Values and gradients of the losses, against arithmetic done by hand and against naive versions over all logits."""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from redi import losses as losses_module
+from redi.losses import dpo_loss, redi_loss, sequence_logps, sft_loss, simpo_loss, token_logps
+
+N, T, V, C, CHUNK = 3, 47, 123, 31, 10  # sizes that divide each other nowhere
+CU_SEQLENS = torch.tensor([0, 20, 21, 47], dtype=torch.int32)
+
+
+def inputs(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(T, C, generator=generator).to(dtype)
+    weight = (torch.randn(V, C, generator=generator) * 0.5).to(dtype)
+    labels = torch.randint(V, (T,), generator=generator)
+    labels[[0, 1, 5, 21, 22, 46]] = -100
+    return hidden, weight, labels
+
+
+def naive_token_logps(hidden, weight, labels):
+    logps = (hidden @ weight.t()).log_softmax(-1)
+    mask = labels != -100
+    return torch.where(mask, logps.gather(1, labels.clamp(min=0)[:, None]).squeeze(1), 0.0)
+
+
+def gradients(function, hidden, weight, labels):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = function(hidden, weight, labels)
+    upstream = torch.linspace(-2, 3, len(labels))  # a different weight for every token
+    (out * upstream).sum().backward()
+    return out.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("chunk_size", [1, CHUNK, 46, 47, 2048])
+def test_token_logps_equal_the_naive_version(chunk_size):
+    ours = gradients(lambda *args: token_logps(*args, chunk_size=chunk_size), *inputs())
+    naive = gradients(naive_token_logps, *inputs())
+    for a, b in zip(ours, naive):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    labels = inputs()[2]
+    assert ours[0].dtype == torch.float32
+    assert (ours[0][labels == -100] == 0).all() and (ours[1][labels == -100] == 0).all()
+
+
+def test_token_logps_from_bf16_are_those_of_an_fp32_evaluation():
+    hidden, weight, labels = inputs(torch.bfloat16)
+    logps, grad_hidden, grad_weight = gradients(lambda *args: token_logps(*args, chunk_size=CHUNK), hidden, weight, labels)
+    naive = gradients(naive_token_logps, hidden.float(), weight.float(), labels)
+    torch.testing.assert_close(logps, naive[0], atol=1e-4, rtol=0)
+    assert grad_hidden.dtype == grad_weight.dtype == torch.bfloat16
+    # Gradients are rounded to bf16 once, after their sum: half a unit in the last of 8 bits.
+    torch.testing.assert_close(grad_hidden.float(), naive[1], atol=1e-5, rtol=2**-8)
+    torch.testing.assert_close(grad_weight.float(), naive[2], atol=1e-5, rtol=2**-8)
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, labels = inputs()
+    ours = gradients(lambda *args: token_logps(*args, chunk_size=CHUNK), hidden * 100, weight, labels)
+    naive = gradients(naive_token_logps, hidden * 100, weight, labels)
+    torch.testing.assert_close(ours[0], naive[0], atol=1e-3, rtol=1e-5)
+    assert all(x.isfinite().all() for x in ours)
+
+
+def test_all_rows_ignored():
+    hidden, weight, _ = inputs()
+    labels = torch.full((T,), -100)
+    logps, grad_hidden, grad_weight = gradients(token_logps, hidden, weight, labels)
+    assert (logps == 0).all() and (grad_hidden == 0).all() and (grad_weight == 0).all()
+    sums, lengths = sequence_logps(logps, labels, CU_SEQLENS)
+    assert sums.tolist() == [0, 0, 0] and lengths.tolist() == [0, 0, 0]
+
+
+def test_no_tokens_at_all():
+    hidden, weight, _ = inputs()
+    logps, _, grad_weight = gradients(token_logps, hidden[:0], weight, torch.empty(0, dtype=torch.int64))
+    assert logps.shape == (0,) and (grad_weight == 0).all()
+
+
+def test_label_positions_given_or_found_are_the_same():
+    hidden, weight, labels = inputs()
+    positions = (labels != -100).nonzero().squeeze(1)
+    found = gradients(token_logps, hidden, weight, labels)
+    given = gradients(lambda *args: token_logps(*args, positions=positions), hidden, weight, labels)
+    assert all(torch.equal(a, b) for a, b in zip(found, given))
+
+
+def test_gradient_of_one_input_alone():
+    hidden, weight, labels = inputs()
+    both = gradients(token_logps, hidden, weight, labels)
+    upstream = torch.linspace(-2, 3, T)
+    hidden.requires_grad_()
+    (token_logps(hidden, weight, labels) * upstream).sum().backward()
+    torch.testing.assert_close(hidden.grad, both[1])
+    hidden = hidden.detach()
+    weight.requires_grad_()
+    (token_logps(hidden, weight, labels) * upstream).sum().backward()
+    torch.testing.assert_close(weight.grad, both[2])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_logits_of_all_tokens_are_never_in_memory():
+    tokens, vocabulary, width, chunk = 400, 3000, 8, 16
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    labels = torch.randint(vocabulary, (tokens,))
+    with LargestTensor() as forward:
+        loss = token_logps(hidden, weight, labels, chunk_size=chunk).sum()
+        loss.backward()
+    assert forward.elements == chunk * vocabulary  # the naive version: tokens * vocabulary
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        token_logps(hidden, weight, labels, chunk_size=chunk)
+    assert max(saved) <= max(hidden.numel(), weight.numel())
+
+
+def test_ignored_tokens_are_not_projected():
+    hidden, weight, labels = inputs()
+    labels[3:] = -100
+    labels[2] = 7
+    with LargestTensor() as mode:
+        token_logps(hidden, weight, labels)
+    assert mode.elements < 5 * V + C * V  # a single token has a label; the naive version makes 47 * V
+
+
+def test_sequence_logps_by_hand():
+    values = torch.tensor([0.0, -1.0, -2.0, 0.0, -0.5, -0.25])
+    labels = torch.tensor([-100, 4, 5, -100, 0, 9])  # id 0 is a label like any other
+    sums, lengths = sequence_logps(values, labels, torch.tensor([0, 3, 6], dtype=torch.int32))
+    assert sums.tolist() == [-3.0, -0.75] and lengths.tolist() == [2, 2]
+    assert sums.dtype == torch.float32 and lengths.dtype == torch.int64
+
+
+def test_sequence_logps_keep_the_last_digits_of_long_sums():
+    values = torch.full((200_000,), -0.1)
+    sums, _ = sequence_logps(values, torch.ones(200_000, dtype=torch.int64), torch.tensor([0, 200_000]))
+    assert abs(sums.item() - float(values[0]) * 200_000) < 2e-3  # one unit in the last place of fp32 there
+
+
+def test_sequence_logps_with_one_token_sequences():
+    hidden, weight, labels = inputs()
+    logps = token_logps(hidden, weight, labels)
+    sums, lengths = sequence_logps(logps, labels, CU_SEQLENS)
+    for i, (start, end) in enumerate([(0, 20), (20, 21), (21, 47)]):
+        torch.testing.assert_close(sums[i], logps[start:end].sum())
+        assert lengths[i] == (labels[start:end] != -100).sum()
+
+
+# Chosen: 4 labels, log-probs that sum to -2; rejected: 10 labels, -15. Averages -0.5 and -1.5.
+PAIR = [torch.tensor([x]) for x in (-2.0, -15.0, 4.0, 10.0)]
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def test_losses_by_hand():
+    chosen, rejected, chosen_length, rejected_length = PAIR
+    assert sft_loss(chosen).item() == 2.0
+    assert redi_loss(*PAIR, alpha=0.8).item() == pytest.approx(0.5 - 0.8 * 1.5)
+    assert redi_loss(*PAIR).item() == pytest.approx(-0.7)  # the default is the paper's 0.8
+    assert simpo_loss(*PAIR, beta=2.0, gamma=1.0).item() == pytest.approx(-math.log(sigmoid(2 * 1.0 - 1)))
+    assert simpo_loss(*PAIR).item() == pytest.approx(0.3132617)
+    # Policy over reference: chosen -2 - (-3) = 1, rejected -15 - (-11) = -4.
+    reference = torch.tensor([-3.0]), torch.tensor([-11.0])
+    assert dpo_loss(chosen, rejected, *reference, beta=0.1).item() == pytest.approx(-math.log(sigmoid(0.5)))
+    smoothed = -0.9 * math.log(sigmoid(0.5)) - 0.1 * math.log(sigmoid(-0.5))
+    assert dpo_loss(chosen, rejected, *reference, 0.1, 0.1).item() == pytest.approx(smoothed)
+    assert dpo_loss(chosen, rejected, *reference).item() == pytest.approx(-math.log(sigmoid(0.005)))
+
+
+def test_gradients_of_the_losses_by_hand():
+    def slopes(loss):
+        chosen, rejected = PAIR[0].clone().requires_grad_(), PAIR[1].clone().requires_grad_()
+        loss(chosen, rejected).sum().backward()
+        return chosen.grad.item(), rejected.grad.item()
+
+    assert slopes(lambda w, l: redi_loss(w, l, *PAIR[2:], alpha=0.8)) == pytest.approx((-1 / 4, 0.8 / 10))
+    miss = 1 - sigmoid(2 * 1.0 - 1)
+    assert slopes(lambda w, l: simpo_loss(w, l, *PAIR[2:])) == pytest.approx((-2 * miss / 4, 2 * miss / 10))
+    reference = torch.tensor([-3.0]), torch.tensor([-11.0])
+    miss = 1 - sigmoid(0.5)
+    assert slopes(lambda w, l: dpo_loss(w, l, *reference, beta=0.1)) == pytest.approx((-0.1 * miss, 0.1 * miss))
+
+
+def random_pairs(batch=7):
+    generator = torch.Generator().manual_seed(1)
+    logps = -torch.rand(2, batch, generator=generator) * 300
+    lengths = torch.randint(1, 500, (2, batch), generator=generator)
+    return *logps, *lengths
+
+
+def test_redi_at_alpha_0_is_the_mean_nll_of_each_sequence():
+    chosen, rejected, chosen_lengths, rejected_lengths = random_pairs()
+    expected = sft_loss(chosen) / chosen_lengths
+    torch.testing.assert_close(redi_loss(chosen, rejected, chosen_lengths, rejected_lengths, alpha=0.0), expected)
+
+
+def test_redi_at_alpha_1_changes_sign_with_the_roles():
+    chosen, rejected, chosen_lengths, rejected_lengths = random_pairs()
+    one_way = redi_loss(chosen, rejected, chosen_lengths, rejected_lengths, alpha=1.0)
+    other_way = redi_loss(rejected, chosen, rejected_lengths, chosen_lengths, alpha=1.0)
+    torch.testing.assert_close(one_way, -other_way)
+    assert one_way.abs().min() > 0
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_dpo_at_the_reference_is_ln_2(label_smoothing):
+    chosen, rejected, *_ = random_pairs()
+    loss = dpo_loss(chosen, rejected, chosen, rejected, beta=0.5, label_smoothing=label_smoothing)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(2)))
+
+
+def test_losses_are_unreduced_and_finite_far_out():
+    pairs = torch.tensor([-9e4, -1.0]), torch.tensor([-1.0, -9e4]), torch.tensor([1, 1]), torch.tensor([1, 1])
+    for loss in (redi_loss(*pairs), simpo_loss(*pairs), dpo_loss(*pairs[:2], pairs[0] * 0, pairs[1] * 0, beta=1.0)):
+        assert loss.shape == (2,) and loss.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["redi", "simpo", "dpo"])
+def test_whole_path_equals_the_naive_one(method, dtype):
+    """Hidden states to losses to gradients, packed, on awkward sizes; 3 pairs in 6 uneven sequences."""
+    hidden, weight, labels = inputs(dtype)
+    cu_seqlens = torch.tensor([0, 9, 13, 20, 24, 37, 47], dtype=torch.int32)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-4
+    reference = -torch.arange(6.0).view(2, 3) - 20
+
+    def loss(logps, lengths):
+        (chosen, rejected), (chosen_lengths, rejected_lengths) = logps.chunk(2), lengths.chunk(2)
+        if method == "redi":
+            return redi_loss(chosen, rejected, chosen_lengths, rejected_lengths)
+        if method == "simpo":
+            return simpo_loss(chosen, rejected, chosen_lengths, rejected_lengths)
+        return dpo_loss(chosen, rejected, *reference, beta=0.05)
+
+    def ours(hidden, weight):
+        logps = token_logps(hidden, weight, labels, chunk_size=CHUNK)
+        return loss(*sequence_logps(logps, labels, cu_seqlens))
+
+    def naive(hidden, weight):
+        logps, lengths = [], []
+        for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
+            logps.append(naive_token_logps(hidden[start:end], weight, labels[start:end]).sum())
+            lengths.append(float((labels[start:end] != -100).sum()))
+        return loss(torch.stack(logps), torch.tensor(lengths))
+
+    results = []
+    for function, convert in ((ours, lambda x: x), (naive, lambda x: x.float())):
+        h, w = (convert(x).clone().requires_grad_() for x in (hidden, weight))
+        out = function(h, w)
+        out.sum().backward()
+        results.append((out.detach(), h.grad.float(), w.grad.float()))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=tolerance, rtol=tolerance)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-8
+    for a, b in zip(results[0][1:], results[1][1:]):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=rtol)
+
+
+def test_the_file_copied_alone_runs(tmp_path):
+    shutil.copy(losses_module.__file__, tmp_path / "losses.py")
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import torch, losses\n"
+        "hidden = torch.ones(4, 2, requires_grad=True)\n"
+        "logps = losses.token_logps(hidden, torch.zeros(8, 2), torch.tensor([-100, 1, -100, 2]))\n"
+        "sums, lengths = losses.sequence_logps(logps, torch.tensor([-100, 1, -100, 2]), torch.tensor([0, 2, 4]))\n"
+        "loss = losses.redi_loss(*sums.chunk(2), *lengths.chunk(2), alpha=0.0)\n"
+        "loss.sum().backward()\n"
+        "assert not any(name.split('.')[0] == 'redi' for name in sys.modules)\n"
+        "print(loss.item())\n"
+    )
+    run = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) == pytest.approx(math.log(8))
+    assert {path.name for path in Path(tmp_path).iterdir()} <= {"losses.py", "__pycache__"}
