@@ -126,12 +126,12 @@ def _pair(row: dict) -> tuple[list[dict] | str, tuple[str, str]]:
         raise ValueError("'prompt' is a list of messages but 'chosen' and 'rejected' are strings")
     chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
     common = sum(1 for _ in _common_start(chosen, rejected))
-    if common:
-        # The messages carry the whole conversation; a 'prompt' beside them only repeats its start.
-        prompt = chosen[:common]
-    else:
+    prompt = chosen[:common]
+    if not common or isinstance(row.get("prompt"), list):
         _field(row, "prompt")
-        prompt = _as_messages(row, "prompt")
+        stated = _as_messages(row, "prompt")
+        if prompt[: len(stated)] != stated:  # else the conversations only repeat the prompt beside them
+            prompt = stated + prompt
     return prompt, (_assistant_text(chosen[common:], "chosen"), _assistant_text(rejected[common:], "rejected"))
 
 
