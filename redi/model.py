@@ -64,14 +64,17 @@ class ModelConfig:
         names the key where something is missing, absurd, or not supported.
         """
         model_type = raw.get("model_type")
-        if model_type not in FAMILIES:
+        if model_type not in list(FAMILIES):  # a list, since what stands in the file may not be hashable
             raise ValueError(f"model_type is {model_type!r}; supported are {', '.join(FAMILIES)}")
+        for key, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
+            if not isinstance(raw.get(key) or kind(), kind):
+                raise ValueError(f"{key} is {raw[key]!r}, neither null nor a {kind.__name__}")
         _refuse_unsupported(raw)
         parameters, rope_theta, rope_scaling = raw.get("rope_parameters") or {}, raw.get("rope_theta"), None
         old_scaling = raw.get("rope_scaling") or {}
         if rope_theta is None:
             rope_theta = parameters.get("rope_theta", old_scaling.get("rope_theta", 10000.0))
-        elif parameters.get("rope_theta", rope_theta) != rope_theta:
+        elif "rope_theta" in parameters and parameters["rope_theta"] != rope_theta:
             raise ValueError(
                 f"rope_theta is {rope_theta} but rope_parameters.rope_theta is {parameters['rope_theta']}; "
                 "the two spellings of one value must agree"
@@ -80,10 +83,13 @@ class ModelConfig:
         rope_type = scaling.get("rope_type", scaling.get("type", "default"))
         if rope_type == "llama3":
             keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            missing = [key for key in keys if not isinstance(scaling.get(key), (int, float))]
-            if missing:
-                raise ValueError(f"the llama3 rope scaling has no number {missing[0]!r}")
+            for key in keys:
+                value = scaling.get(key)
+                if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                    raise ValueError(f"the llama3 rope scaling's {key} is {value!r}; expected a positive number")
             rope_scaling = {key: scaling[key] for key in keys}
+            if rope_scaling["low_freq_factor"] >= rope_scaling["high_freq_factor"]:
+                raise ValueError("the llama3 rope scaling's low_freq_factor must be below high_freq_factor")
         elif rope_type != "default":
             raise ValueError(f"rope_type is {rope_type!r}; supported are 'default' and 'llama3'")
         sizes = dict(raw)
