@@ -160,17 +160,17 @@ def update_norm_squared(optimizer) -> torch.Tensor:
     for group in optimizer.param_groups:
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         for parameter in group["params"]:
-            grad = checkpoint.local_rows(parameter.grad)[0]
+            grad = checkpoint.local(parameter.grad)
             moments = optimizer.state.get(parameter)
             if moments:
-                exp_avg = checkpoint.local_rows(moments["exp_avg"])[0].lerp(grad, 1 - beta1)
-                exp_avg_sq = checkpoint.local_rows(moments["exp_avg_sq"])[0] * beta2 + (1 - beta2) * grad.square()
+                exp_avg = checkpoint.local(moments["exp_avg"]).lerp(grad, 1 - beta1)
+                exp_avg_sq = checkpoint.local(moments["exp_avg_sq"]) * beta2 + (1 - beta2) * grad.square()
                 count = moments["step"].to(grad.device) + 1
             else:
                 exp_avg, exp_avg_sq, count = grad * (1 - beta1), grad.square() * (1 - beta2), grad.new_ones(())
             denominator = (exp_avg_sq / (1 - beta2**count)).sqrt_().add_(group["eps"])
             update = exp_avg.div_(1 - beta1**count).div_(denominator)
-            update = update.add_(checkpoint.local_rows(parameter)[0], alpha=decay).mul_(lr)
+            update = update.add_(checkpoint.local(parameter), alpha=decay).mul_(lr)
             squared = update.square().sum()
             total = squared if total is None else total + squared
     return total

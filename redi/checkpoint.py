@@ -67,8 +67,8 @@ def load_weights(model: CausalLM, directory: str | Path) -> None:
     """Copy a directory's weights into the parameters, each rank its own rows, cast to the parameters' dtype."""
     weights = _weight_slices(model, Path(directory))
     for name, parameter in model.named_parameters():
-        local, rows = local_rows(parameter)
-        local.copy_(weights[name][rows.start : rows.stop])
+        part, rows = local_rows(parameter)
+        part.copy_(weights[name][rows.start : rows.stop])
 
 
 def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:
@@ -76,12 +76,18 @@ def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:
 
     FSDP2 shards dimension 0 as torch.chunk does: ceil(rows / ranks) rows each, the last ranks fewer or none.
     """
-    if not isinstance(parameter, DTensor):
-        return parameter, slice(0, parameter.shape[0])
-    local, mesh = parameter.to_local(), parameter.device_mesh
+    part = local(parameter)
+    if part is parameter:
+        return part, slice(0, parameter.shape[0])
+    mesh = parameter.device_mesh
     rows = chunk_rows(parameter.shape[0], mesh.get_local_rank(), mesh.size())
-    assert rows.stop - rows.start == local.shape[0]
-    return local, rows
+    assert rows.stop - rows.start == part.shape[0]
+    return part, rows
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor: the tensor itself where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def chunk_rows(length: int, index: int, chunks: int) -> slice:
@@ -215,11 +221,10 @@ def save_checkpoint(output: Path, model: CausalLM, optimizer, tokenizer, state: 
         def write_rows() -> str:
             tensors = {"rng_state": torch.get_rng_state()}
             for name, parameter in model.named_parameters():
-                tensors[f"model.{name}"] = local_rows(parameter)[0].detach().cpu().contiguous()
+                tensors[f"model.{name}"] = local(parameter).detach().cpu().contiguous()
                 for key in ("exp_avg", "exp_avg_sq"):
                     if parameter in optimizer.state:
-                        moment = local_rows(optimizer.state[parameter][key])[0]
-                        tensors[f"{key}.{name}"] = moment.cpu().contiguous()
+                        tensors[f"{key}.{name}"] = local(optimizer.state[parameter][key]).cpu().contiguous()
             folder.mkdir(parents=True, exist_ok=True)
             _save_safetensors(tensors, path)
             return file_digest(path)
@@ -282,13 +287,13 @@ def load_checkpoint(path: Path, model: CausalLM, optimizer) -> dict:
     @torch.no_grad()
     def restore(target: torch.Tensor, key: str) -> None:
         """Fill this rank's rows from whichever saved ranks hold them."""
-        local, rows = local_rows(target)
+        part, rows = local_rows(target)
         for saved_rank, file in enumerate(files):
             saved = chunk_rows(target.shape[0], saved_rank, saved_ranks)
             start, stop = max(rows.start, saved.start), min(rows.stop, saved.stop)
             if start < stop:
                 piece = file.get_slice(key)[start - saved.start : stop - saved.start]
-                local[start - rows.start : stop - rows.start].copy_(piece)
+                part[start - rows.start : stop - rows.start].copy_(piece)
 
     for name, parameter in model.named_parameters():
         restore(parameter, f"model.{name}")
@@ -296,7 +301,7 @@ def load_checkpoint(path: Path, model: CausalLM, optimizer) -> dict:
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             for key, value in moments.items():
                 restore(value, f"{key}.{name}")
-            moments["step"] = torch.tensor(float(state["updates"]), device=local_rows(parameter)[0].device)
+            moments["step"] = torch.tensor(float(state["updates"]), device=parameter.device)
             optimizer.state[parameter] = moments
     torch.set_rng_state(files[min(rank(), saved_ranks - 1)].get_tensor("rng_state"))
     return state
