@@ -1,0 +1,527 @@
+"""Sample answers to benchmark problems and score them: pass@1 ± SEM and pass@k.
+
+    python evaluate.py --model out/redi/final --problems math500.jsonl aime24.jsonl --samples 16 --output out/eval
+    torchrun --nproc-per-node 8 evaluate.py …                       # the samples are spread over the processes
+    python evaluate.py --score samples.jsonl --problems math500.jsonl
+
+Each finished sample is appended to OUTPUT/MODEL/BENCHMARK/samples.jsonl at once; the same command continues after an
+interruption, with any number of processes. The table goes to the screen and to OUTPUT/results.json.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from redi import answer_checker
+from redi.answer_checker import extract_answer, is_correct
+from redi.checkpoint import file_digest, load_config, load_pretrained, weights_digest
+from redi.data import read_jsonl, write_atomically
+from redi.distributed import init_process_group
+from redi.generation import Request, generate, sample_key
+from redi.metrics import append_row, drop_partial_line, json_line, pass_at_1, pass_at_k
+from redi.tokenizer import PROMPT_TEMPLATES, Tokenizer, resolve_directory, user_message
+
+MODEL_FILES = ["*.json", "*.safetensors", "chat_template.jinja"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Benchmark:
+    name: str  # of the file, without its suffix
+    problems: dict[str, str]  # by id, in the file's order
+    answers: dict[str, list[str]]  # by id: any of them is right
+    digest: str  # SHA-256 of the file
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    benchmarks = [read_benchmark(path, args.limit) for path in args.problems]
+    refuse_equal_names([benchmark.name for benchmark in benchmarks], args.problems)
+    if args.score:
+        report(score(args, benchmarks), args.output)
+        return
+    joined_here = not dist.is_initialized()
+    device = init_process_group()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        # Gloo, because ranks wait here for the longest response, and NCCL gives up after ten minutes.
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        models = [Model(path, args, device) for path in args.model]
+        refuse_equal_names([model.name for model in models], args.model)
+        for model in models:  # all of them before hours are spent on the first
+            for benchmark in benchmarks:
+                model.check(benchmark)
+        table = [row for model in models for row in evaluate(model, benchmarks, args, device, group)]
+        if dist.get_rank() == 0:
+            report(table, args.output)
+        dist.barrier(group)
+    finally:
+        torch.set_num_threads(threads)
+        if joined_here:
+            dist.destroy_process_group()
+
+
+class Model:
+    """What must be known of a model before its weights are loaded, and where its samples go."""
+
+    def __init__(self, path: str, args: argparse.Namespace, device: torch.device):
+        self.path, self.args = path, args
+        self.name = storage_name(path)
+        self.directory = resolve_directory(path, MODEL_FILES)
+        self.config = load_config(self.directory)
+        self.tokenizer = Tokenizer.from_pretrained(self.directory)
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"{path}: the tokenizer has {self.tokenizer.vocab_size} ids, the model only {self.config.vocab_size}"
+            )
+        digest = hashlib.sha256(weights_digest(self.directory).encode())
+        for name in TOKENIZER_FILES:
+            if (self.directory / name).is_file():
+                digest.update(f"{name} {file_digest(self.directory / name)}".encode())
+        self.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        # What a sample depends on. Samples of other settings never mix with these.
+        self.settings = {
+            "model_digest": digest.hexdigest(),
+            "dtype": self.dtype,
+            "system_prompt": args.system_prompt,
+            "prompt_template": args.prompt_template,
+            "prefill": args.prefill,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "max_new_tokens": args.max_new_tokens,
+            "seed": args.seed,
+        }
+
+    def folder(self, benchmark: Benchmark) -> Path:
+        return Path(self.args.output) / self.name / benchmark.name
+
+    def check(self, benchmark: Benchmark) -> None:
+        """Raises ValueError for prompts over the context and for samples of other settings in the folder."""
+        check_settings(self.folder(benchmark), {**self.settings, "data_digest": benchmark.digest})
+        for id, prompt_ids in self.prompts(benchmark).items():
+            if len(prompt_ids) >= self.config.max_position_embeddings:
+                raise ValueError(
+                    f"{benchmark.name}, problem {id!r}: the prompt has {len(prompt_ids)} tokens, which leaves no room "
+                    f"in the context of {self.config.max_position_embeddings} of {self.path}"
+                )
+
+    def prompts(self, benchmark: Benchmark) -> dict[str, list[int]]:
+        encode, args = self.tokenizer.encode_prompt, self.args
+        return {
+            id: encode([user_message(problem, args.prompt_template)], args.system_prompt, args.prefill)
+            for id, problem in benchmark.problems.items()
+        }
+
+
+def evaluate(model: Model, benchmarks: list[Benchmark], args, device: torch.device, group) -> list[dict]:
+    """Draw and score the samples that are still missing, then return one row of results a benchmark (on rank 0)."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        for benchmark in benchmarks:
+            settings = {**model.settings, "data_digest": benchmark.digest}
+            start_folder(model.folder(benchmark), settings, benchmark)
+    dist.barrier(group)
+    todo, requests = [], []  # todo[i] = (benchmark, id, sample) of requests[i]
+    for benchmark in benchmarks:
+        done = read_samples(model.folder(benchmark), benchmark)
+        for id, prompt_ids in model.prompts(benchmark).items():
+            room = model.config.max_position_embeddings - len(prompt_ids)
+            for sample in range(args.samples):
+                if (id, sample) not in done:
+                    key = sample_key(args.seed, id, sample)
+                    todo.append((benchmark, id, sample))
+                    requests.append(Request(prompt_ids, key, min(args.max_new_tokens, room)))
+    dist.barrier(group)  # nobody appends before everybody has read
+    if rank == 0 and any(request.max_new_tokens < args.max_new_tokens for request in requests):
+        print(
+            f"{model.name}: the context of {model.config.max_position_embeddings} tokens ends some responses before "
+            f"--max-new-tokens {args.max_new_tokens}",
+            file=sys.stderr,
+        )
+    draw(model, todo[rank::ranks], requests[rank::ranks], args, device, rank)
+    dist.barrier(group)
+    if rank != 0:
+        return []
+    table = []
+    for benchmark in benchmarks:
+        samples = merge_samples(model.folder(benchmark), benchmark)
+        settings = {**model.settings, "data_digest": benchmark.digest}
+        table.append({"model": model.name, "path": model.path, **summarise(benchmark, samples, args.samples, settings)})
+    return table
+
+
+def draw(model: Model, todo: list, requests: list[Request], args, device: torch.device, rank: int) -> None:
+    """Generate this rank's samples, and append each with its score as it finishes."""
+    if not requests:
+        return
+    weights = load_pretrained(model.directory, device, DTYPES[model.dtype]).eval()
+    stop_ids = set(model.tokenizer.stop_ids)
+    rows = args.rows or (64 if device.type == "cuda" else 16)
+    samples = generate(weights, requests, stop_ids, args.temperature, args.top_p, rows)
+    progress = tqdm(samples, model.name, len(requests), unit="sample", disable=rank != 0, smoothing=0)
+    for index, ids, finish_reason in progress:
+        benchmark, id, sample = todo[index]
+        text_ids = ids[:-1] if finish_reason == "stop" else ids
+        row = {
+            "id": id,
+            "sample": sample,
+            "response": args.prefill + model.tokenizer.decode(text_ids),
+            "finish_reason": finish_reason,
+            "tokens": len(ids),
+        }
+        append_row(samples_file(model.folder(benchmark), rank), scored(row, benchmark))
+
+
+def scored(row: dict, benchmark: Benchmark) -> dict:
+    response, answers = row["response"], benchmark.answers[row["id"]]
+    return {**row, "answer": extract_answer(response), "correct": is_correct(response, answers)}
+
+
+# Samples on disk. Rank 0 appends to samples.jsonl, rank r to samples.rank-r.jsonl, which rank 0 takes over when all
+# are done or, after an interruption, when the next run starts.
+
+
+def samples_file(folder: Path, rank: int) -> Path:
+    return folder / (f"samples.rank-{rank}.jsonl" if rank else "samples.jsonl")
+
+
+def check_settings(folder: Path, settings: dict) -> dict | None:
+    """The folder's settings.json (None for a new folder). Raises ValueError where it differs from `settings`."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        if any(folder.glob("samples*.jsonl")):
+            raise ValueError(f"{folder}: holds samples but no settings.json; choose another --output")
+        return None
+    found = read_json(path)
+    for key, value in settings.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"{folder}: holds samples made with {key} {found.get(key)!r}, now asked for {value!r}; choose another "
+                "--output or remove that folder"
+            )
+    return found
+
+
+def start_folder(folder: Path, settings: dict, benchmark: Benchmark) -> None:
+    """Make a folder ready to be appended to: settings written, what an interrupted run left tidied up, and samples
+    scored anew where the checker has changed since."""
+    found, settings = check_settings(folder, settings), {**settings, "checker": checker_version()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.partial-*"):
+        leftover.unlink()
+    if found is not None:
+        merge_samples(folder, benchmark, rescore=found.get("checker") != settings["checker"])
+    if found != settings:
+        with write_atomically(folder / "settings.json") as file:
+            json.dump(settings, file, indent=2, ensure_ascii=False)
+
+
+def read_samples(folder: Path, benchmark: Benchmark, files: list[Path] | None = None) -> dict[tuple[str, int], dict]:
+    """The rows of samples.jsonl by (id, sample), or of several files, where the first to hold a sample counts."""
+    samples = {}
+    for path in [samples_file(folder, 0)] if files is None else files:
+        if not path.exists():
+            continue
+        for line, row in read_jsonl(path):
+            key = (row.get("id"), row.get("sample"))
+            if not (isinstance(row.get("response"), str) and isinstance(key[1], int) and "correct" in row):
+                raise ValueError(f"{path}, line {line}: expected the keys id, sample, response and correct")
+            samples.setdefault(key, row)
+    return samples
+
+
+def merge_samples(folder: Path, benchmark: Benchmark, rescore: bool = False) -> dict[tuple[str, int], dict]:
+    """Bring all ranks' samples into samples.jsonl, in the order of the problems. Killed at any moment it loses
+    nothing: the other ranks' files go only after their rows are in place, and a row met twice counts once."""
+    main, others = samples_file(folder, 0), sorted(folder.glob("samples.rank-*.jsonl"))
+    for path in [main, *others]:
+        drop_partial_line(path)
+    samples = read_samples(folder, benchmark, [main, *others])
+    if rescore:
+        samples = {key: scored(row, benchmark) for key, row in samples.items()}
+    text = "".join(json_line(samples[key]) for key in in_order(samples, benchmark))
+    if samples and (not main.exists() or main.read_bytes() != text.encode()):
+        with write_atomically(main) as file:
+            file.write(text)
+    for path in others:
+        path.unlink()
+    return samples
+
+
+def in_order(samples: dict[tuple[str, int], dict], benchmark: Benchmark) -> list[tuple[str, int]]:
+    order = {id: i for i, id in enumerate(benchmark.answers)}
+    return sorted(samples, key=lambda key: (order[key[0]], key[1]))
+
+
+# Scoring generations made elsewhere.
+
+
+def score(args: argparse.Namespace, benchmarks: list[Benchmark]) -> list[dict]:
+    """Score the responses of --score. Rows hold `id` and `response` (a string, or a list of them), or `outputs` as
+    vLLM writes them. Raises ValueError where a problem has no response, or fewer than another."""
+    owners = {}
+    for benchmark in benchmarks:
+        for id in benchmark.answers:
+            if owners.setdefault(id, benchmark) is not benchmark:
+                raise ValueError(f"problem id {id!r} stands in {owners[id].name} and in {benchmark.name}; score them apart")
+    samples = {benchmark.name: {} for benchmark in benchmarks}
+    for line, row in read_jsonl(args.score):
+        where = f"{args.score}, line {line}"
+        id = str(row.get("id"))
+        if id not in owners:
+            raise ValueError(f"{where}: id {row.get('id')!r} is not among the problems")
+        found = samples[owners[id].name]
+        for output in outputs_of(row, where):
+            sample = output["sample"]
+            if sample is None:
+                sample = next(i for i in range(len(found) + 1) if (id, i) not in found)
+            if (id, sample) in found:
+                raise ValueError(f"{where}: sample {sample} of id {id!r} is there twice")
+            found[id, sample] = {**output, "id": id, "sample": sample}
+    table, name = [], storage_name(str(Path(args.score).with_suffix("")))
+    for benchmark in benchmarks:
+        found = samples[benchmark.name]
+        k = args.samples or max((sample + 1 for _, sample in found), default=1)
+        check_complete(benchmark, found, k, args.score)
+        keys = tqdm(in_order(found, benchmark), benchmark.name, unit="sample")
+        found = {key: scored(found[key], benchmark) for key in keys}
+        settings = {"samples_digest": file_digest(Path(args.score)), "data_digest": benchmark.digest}
+        if args.output:
+            folder = Path(args.output) / name / benchmark.name
+            start_folder(folder, settings, benchmark)
+            with write_atomically(folder / "samples.jsonl") as file:
+                file.writelines(map(json_line, found.values()))
+        table.append({"model": name, "path": args.score, **summarise(benchmark, found, k, settings)})
+    return table
+
+
+def outputs_of(row: dict, where: str) -> list[dict]:
+    """The responses in one row as samples without an id: sample (None where not given), response, finish_reason and
+    tokens (None where not given)."""
+    responses = next((row[key] for key in ("response", "responses", "outputs") if key in row), None)
+    several = isinstance(responses, list)
+    outputs = []
+    for i, output in enumerate(responses if several else [responses]):
+        fields = output if isinstance(output, dict) else {"text": output}
+        text, token_ids = fields.get("text"), fields.get("token_ids")
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: expected 'response' (text, or a list of texts) or vLLM's 'outputs'")
+        rest = {key: pick(row.get(key), i) if several else row.get(key) for key in ("finish_reason", "tokens")}
+        outputs.append({
+            "sample": None if several else row.get("sample"),
+            "response": text,
+            "finish_reason": fields.get("finish_reason", rest["finish_reason"]),
+            "tokens": len(token_ids) if isinstance(token_ids, list) else rest["tokens"],
+        })  # fmt: skip
+    return outputs
+
+
+def pick(values, i: int):
+    return values[i] if isinstance(values, list) and i < len(values) else None
+
+
+# Results.
+
+
+def check_complete(benchmark: Benchmark, samples: dict, k: int, source: str | Path) -> None:
+    for id in benchmark.problems:
+        for sample in range(k):
+            if (id, sample) not in samples:
+                raise ValueError(
+                    f"{source}: problem {id!r} of {benchmark.name} lacks sample {sample} of {k}; pass@1 and its error "
+                    "need the same number for every problem (--samples takes fewer of them)"
+                )
+
+
+def summarise(benchmark: Benchmark, samples: dict[tuple[str, int], dict], k: int, settings: dict) -> dict:
+    """One row of results over samples 0 to k-1 of every problem."""
+    rows = [[samples[id, sample] for sample in range(k)] for id in benchmark.problems]
+    correct = np.array([[row["correct"] for row in of_problem] for of_problem in rows])
+    mean, sem = pass_at_1(correct)
+    flat = [row for of_problem in rows for row in of_problem]
+    tokens = [row["tokens"] for row in flat]
+    reasons = [row["finish_reason"] for row in flat]
+    waits = sum(row["response"].count("Wait") for row in flat)
+    counted = None not in tokens
+    return {
+        "benchmark": benchmark.name,
+        "problems": len(rows),
+        "samples": k,
+        "pass@1": mean,
+        "sem": sem,
+        "pass@k": {str(i): pass_at_k(correct, i) for i in [*(2**j for j in range(k.bit_length())), k] if i <= k},
+        "truncated": None if None in reasons else reasons.count("length") / len(flat),
+        "mean_tokens": sum(tokens) / len(flat) if counted else None,
+        "waits_per_response": waits / len(flat),
+        "waits_per_token": waits / sum(tokens) if counted and sum(tokens) else None,
+        "settings": settings,
+        "versions": {
+            "checker": checker_version(),
+            **{package: version(package) for package in ("torch", "tokenizers", "jinja2")},
+        },
+    }
+
+
+def report(table: list[dict], output: str | None) -> None:
+    """Print the table, and put its rows into OUTPUT/results.json beside those of other models and benchmarks."""
+    lines = [("benchmark", "model", "n", "pass@1", "pass@k", "truncated", "tokens")]
+    for row in sorted(table, key=lambda row: row["benchmark"]):
+        sem = "" if row["sem"] is None else f" ± {100 * row['sem']:.1f}"
+        k = str(row["samples"])
+        truncated = "-" if row["truncated"] is None else f"{100 * row['truncated']:.1f} %"
+        tokens = "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
+        lines.append((
+            row["benchmark"], row["model"], str(row["problems"]), f"{100 * row['pass@1']:.1f}{sem}",
+            f"{100 * row['pass@k'][k]:.1f} (k = {k})", truncated, tokens,
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    if not output:
+        return
+    path = Path(output) / "results.json"
+    kept = read_json(path).get("results", []) if path.exists() else []
+    fresh = {(row["benchmark"], row["model"]) for row in table}
+    rows = table + [row for row in kept if (row["benchmark"], row["model"]) not in fresh]
+    with write_atomically(path) as file:
+        json.dump({"results": sorted(rows, key=lambda row: (row["benchmark"], row["model"]))}, file, indent=2)
+
+
+def checker_version() -> str:
+    return f"{answer_checker.VERSION} ({file_digest(Path(answer_checker.__file__))[:16]})"
+
+
+# Reading what is asked for.
+
+
+def read_benchmark(path: str, limit: int | None) -> Benchmark:
+    """Read problems: `problem` or `question`; `answer` or `final_answer` (a string, a number, or a list of acceptable
+    ones), or a `solution` with a box; `id` or `unique_id`, or else NAME-0, NAME-1, ….
+
+    The first `limit` are kept. Raises ValueError naming file and line.
+    """
+    name, problems, answers, lines = Path(path).stem, {}, {}, {}
+    for line, row in read_jsonl(path):
+        where = f"{path}, line {line}"
+        id = first_of(row, "id", "unique_id")
+        id = f"{name}-{len(lines)}" if id is None else str(id)
+        problem = first_of(row, "problem", "question")
+        if not isinstance(problem, str) or not problem.strip():
+            raise ValueError(f"{where}: expected a text under 'problem' or 'question'")
+        if id in lines:
+            raise ValueError(f"{where}: id {id!r} is already that of line {lines[id]}")
+        lines[id] = line
+        answers[id] = acceptable_answers(row, where)
+        problems[id] = problem
+    if not problems:
+        raise ValueError(f"{path}: holds no problems")
+    kept = list(problems)[:limit]
+    return Benchmark(name, {id: problems[id] for id in kept}, answers, file_digest(Path(path)))
+
+
+def acceptable_answers(row: dict, where: str) -> list[str]:
+    found = first_of(row, "answer", "final_answer")
+    if found is None and isinstance(row.get("solution"), str):
+        found = extract_answer(row["solution"])
+    answers = []
+    for answer in found if isinstance(found, list) else [found]:
+        if isinstance(answer, float) and answer.is_integer():
+            answer = int(answer)
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+            raise ValueError(
+                f"{where}: expected an answer (text, a number, or a list of them) under 'answer' or 'final_answer', or a "
+                f"'solution' with a box; found {answer!r}"
+            )
+        answers.append(str(answer))
+    if not answers:
+        raise ValueError(f"{where}: the list of answers is empty")
+    return answers
+
+
+def first_of(row: dict, *keys: str):
+    return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def storage_name(path: str) -> str:
+    """The last two parts of a path or hub id: checkpoints of different runs share their last (final, step-000100)."""
+    full = Path(path).absolute() if Path(path).exists() else Path(path)
+    return "-".join(part for part in full.parts[-2:] if part != full.anchor)
+
+
+def refuse_equal_names(names: list[str], paths: list[str]) -> None:
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ValueError(f"{paths[names.index(name)]} and {paths[i]} would both be stored as {name!r}")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", metavar="DIR", help="model directories or hub ids")
+    add("--problems", nargs="+", metavar="FILE", required=True, help="benchmarks, JSONL: id, problem, answer")
+    add("--score", metavar="FILE", help="score these samples (JSONL: id, response) instead of drawing any")
+    add("--output", metavar="DIR", help="where samples and results.json go")
+    add("--samples", type=int, help="samples a problem (default 16; with --score all there are)")
+    add("--limit", type=int, help="use only the first LIMIT problems of each file")
+    add("--temperature", type=float, default=0.6, help="0 takes the likeliest token (default %(default)s)")
+    add("--top-p", type=float, default=0.95, help="probability mass kept (default %(default)s)")
+    add("--max-new-tokens", type=int, default=32768, help="tokens in a response, prefill not counted (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the random numbers (default %(default)s)")
+    add("--prefill", default="<think>\n", help=r"what each response is made to begin with, \n for a line end (default <think>\n)")
+    add("--system-prompt", help="in place of the chat template's own")
+    add("--prompt-template", choices=sorted(PROMPT_TEMPLATES), default="none", help="text around the problem (default none)")
+    add("--rows", type=int, help="responses decoded side by side (default 16 on CPU, 64 on CUDA)")
+    add("--dtype", choices=sorted(DTYPES), help="of weights and cache (default bfloat16 on CUDA, float32 on CPU)")
+    add("--threads", type=int, default=1, help="CPU threads of each process; samples are equal, bit for bit, between runs "
+        "with the same number (default 1: use torchrun for more cores)")  # fmt: skip
+    args = parser.parse_args(argv)
+    args.prefill = args.prefill.replace("\\n", "\n")
+    if args.score and args.model:
+        raise ValueError("--score takes samples as they are: give it without --model")
+    if not args.score:
+        if not (args.model and args.output):
+            raise ValueError("give --model and --output to draw samples, or --score to score a file of them")
+        args.samples = 16 if args.samples is None else args.samples
+    for flag in ("samples", "limit", "max_new_tokens", "rows", "threads"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} is {value}; expected at least 1")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature is {args.temperature}; expected a number from 0 up")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p is {args.top_p}; expected more than 0 and at most 1")
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues where it stopped")

@@ -1,0 +1,62 @@
+"""pass@1 with its standard error, pass@k, and the JSONL log."""
+
+import errno
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+def pass_at_1(correct: np.ndarray) -> tuple[float, float | None]:
+    """Mean of correct (n problems, k samples) bool, and the standard error of that mean.
+
+    As in the paper (Appendix C.5): each of the k columns is one run over the benchmark with its own accuracy;
+    SEM = their sample standard deviation (ddof 1) / √k. None for k = 1.
+    """
+    k = correct.shape[1]
+    runs = correct.mean(axis=0)
+    return float(runs.mean()), float(runs.std(ddof=1) / math.sqrt(k)) if k > 1 else None
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> float:
+    """Probability that k of a problem's n samples, drawn without replacement, hold a correct one; mean over problems.
+
+    1 - C(n - c, k) / C(n, k) for c correct of n (Chen et al. 2021, Eq. 1). correct: (problems, n) bool, k <= n.
+    """
+    n = correct.shape[1]
+    assert 1 <= k <= n
+    return float(np.mean([1 - math.comb(n - c, k) / math.comb(n, k) for c in correct.sum(axis=1).tolist()]))
+
+
+def json_line(row: dict) -> str:
+    """One line of JSON in readable UTF-8. A lone surrogate, which UTF-8 cannot hold, stays a \\u escape."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def append_row(path: str | Path, row: dict) -> None:
+    """Add one line to a JSONL file: the whole line, or (disk full: OSError) nothing of it."""
+    line = json_line(row).encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(line) < len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def drop_partial_line(path: str | Path) -> None:
+    """Cut what a killed process left after the last line end of a JSONL file. A missing file stays missing."""
+    if not Path(path).exists():
+        return
+    with open(path, "rb+") as file:
+        end = start = file.seek(0, os.SEEK_END)
+        while start > 0:
+            start = max(0, start - 65536)
+            file.seek(start)
+            newline = file.read(min(65536, end - start)).rfind(b"\n")
+            if newline >= 0:
+                start += newline + 1
+                break
+        if start < end:
+            file.truncate(start)
