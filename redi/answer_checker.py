@@ -115,7 +115,7 @@ SCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇
 def clean(text):
     """One spelling for Unicode mathematics, doubled backslashes and typographic spaces."""
     out = []
-    for char in text.strip():
+    for char in text.strip(" \t\r\n"):
         if char.isascii():
             out.append(char if char >= " " else {"\f": "\\f", "\b": "\\b"}.get(char, " "))
         elif char in SCRIPTS:
@@ -141,11 +141,13 @@ def clean(text):
     text = "".join(out).lstrip(",")
     if r"\begin" not in text.replace(r"\\begin", ""):
         text = re.sub(r"\\\\(?=[A-Za-z{}()\[\]%$,;!|])", r"\\", text)  # JSON-escaped once too often
+    text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", " ", text)
+    text = re.sub(r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", text)
     text = re.sub(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", " ", text)
     text = re.sub(r"(?<=\d)\s*(?:,\s*\\!|\{,\}|\\[,;: !]|~)\s*(?=\d{3}(?!\d))", "", text)  # 10,\!080
     text = re.sub(r"(?<=\d)\{,\}(?=\d)", ".", text)
     text = re.sub(r"(?<![\d.,\w}])\d{1,3}(?: \d{3})+(?![\d.])", lambda m: m.group().replace(" ", ""), text)
-    return re.sub(r"(\d[\s~]*(?:\\text\{|\\mathrm\{|\\[ ,])?\s*)([aApP])\.?\s?[mM](?![A-Za-z])\.?", r"\1 \2m ", text)
+    return re.sub(r"(\d[\s~]*(?:\\text\{|\\mathrm\{|\\[ ,])?\s*)([aApP])\.?\s?[mM](?![A-Za-z^_])\.?", r"\1\\text{\2m}", text)
 
 
 NUMBER = r"(?P<n>(?:\d[\dA-F]*[A-F][\dA-F]*(?=_\{?1[1-6])|\d*\.\d*\\(?:overline|bar|dot)\s*\{\d+\}|\d+(?:\.\d+)?|\.\d+)%s)"
@@ -156,7 +158,7 @@ GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 FUNCTION_SPLIT = re.compile("|".join(sorted(FUNCTIONS, key=len, reverse=True)) + "|pi|.")
 
 
-def letters(word, after):
+def letters(word, before, after):
     """Tokens of a run of plain letters: an operator word, a function, a word of prose or a product of variables."""
     low = word.lower()
     if low in ("and", "or"):
@@ -164,13 +166,15 @@ def letters(word, after):
     name = ALIASES.get(word, word)
     if name in FUNCTIONS or name in OPAQUE or name in ("infty", "pi", "abs", "floor", "ceil", "alpha", "theta", "Interval"):
         return [("c", name)]
-    if low in WORDS:
+    if low == "in" and after in ("[", "(", "{", "\\"):
+        return [("o", "in")]
+    if low in WORDS and (len(word) > 2 or word == low and (before.isspace() or before.isdigit() or not before)):
         return [("t", low)]
     pieces = FUNCTION_SPLIT.findall(word)
     singles = sum(len(p) == 1 for p in pieces)
     if singles < len(pieces) and singles <= 3 and ("pi" not in pieces or len(word) <= 3):
         return [("c" if len(p) > 1 else "v", p) for p in pieces]
-    if len(word) > 3 and after not in "^_":
+    if len(word) > 3 and after not in ("^", "_"):
         return [("t", low)]
     return [("v", c) for c in word]
 
@@ -196,7 +200,7 @@ def tokenize(text, scientific):
                 raise Unreadable("unbalanced }")
             if groups.pop():
                 continue
-        if value in DROPPED or value == "~" or value in "$" and kind == "o":
+        if value in DROPPED or value in ("~", "$", r"\$"):
             end = -1
             continue
         value = SYNONYMS.get(value, value)
@@ -209,14 +213,13 @@ def tokenize(text, scientific):
             elif inside or (opening or (groups and groups[-1] == "font")) and len(value) > 1 and value not in FUNCTIONS | OPAQUE:
                 found = [("t", value if len(value) == 1 else value.lower())]
             elif groups and groups[-1] == "font":
-                found = [("v", value)] if len(value) == 1 else [("c", value)]
+                unit = len(value) == 1 and value in "msghNJWVKL"
+                found = [("t" if unit else "v" if len(value) == 1 else "c", value)]
             else:
-                found = letters(value, text[end:end + 1])
+                found = letters(value, text[max(0, match.start() - 1):match.start()], text[end:end + 9].lstrip()[:1])
             tokens += [(k, v, space and i == 0) for i, (k, v) in enumerate(found)]
         elif kind == "c" and value[0] == "\\":
             name = ALIASES.get(value[1:], value[1:])
-            if value in REFUSED or not name.isalpha():
-                raise Unreadable("%s is not supported" % value)
             tokens.append(("c", name, space))
         else:
             tokens.append(("o", value, space))
@@ -321,7 +324,11 @@ class Parser:
             joints.add(joint)
             items.append(self.relation())
         if len(items) > 1:  # k in Z after a solution only says what k is
-            items = [x for x in items if not (x[0] == "rel" and x[1] == "in" and x[-1] in NUMBER_SET_NODES)] or items
+            said = [x for x in items if x[0] == "rel" and x[1] == "in" and x[-1] in NUMBER_SET_NODES]
+            if said and said != items:
+                rest = [x for x in items if x not in said]
+                node = rest[0] if len(rest) == 1 else ("list", ",", *rest)
+                return ("family", node, said[0][2])
         if len(items) == 1:
             return items[0]
         return ("list", "or" if "or" in joints else "and" if "and" in joints else ",", *items)
@@ -343,7 +350,13 @@ class Parser:
         parts = [self.sum()]
         while self.accept(":"):
             parts.append(self.sum())
-        return ("ratio", *parts) if len(parts) > 1 else parts[0]
+        if len(parts) == 1:
+            return parts[0]
+        if parts[0][0] == "text":  # "Answer: 5"
+            return ("rel", "=", *parts)
+        unit = parts[-1][2] if parts[-1][0] == "unit" else ""  # 4:30 pm
+        ratio = ("ratio", *parts[:-1], parts[-1][1] if unit else parts[-1])
+        return ("unit", ratio, unit) if unit else ratio
 
     def sum(self):
         terms, first = [], True
@@ -374,20 +387,19 @@ class Parser:
         return value in ("(", "{", "{{", "<(", "|", "||") and not (value in ("|", "||") and self.bars)
 
     def product(self):
-        words = []
-        while self.peek()[0] == "t" and self.peek(1)[0] != "end" and self.value(1) not in RELATIONS | {"^"}:
-            if self.peek(1)[0] == "o" and self.value(1) not in ("(", "{", "{{", "-", "$", "|", "["):
-                break
-            words.append(self.peek()[1])
+        start = self.i
+        while self.peek()[0] == "t" or self.i > start and self.value() == ",":
             self.i += 1
-            if not self.starts_factor() and self.value() not in ("-", "["):
-                self.i -= 1
-                words.pop()
-                break
+        words = [t[1] for t in self.tokens[start:self.i]]
+        if not (words and (self.starts_factor() or self.value() in ("-", "["))) or words[-1] in NUMERALS:
+            self.i, words = start, []
         if NEGATIONS & set(words):
             raise Unreadable("words change the meaning")
-        if words and self.value() == "-":
-            return self.sum()
+        if words:
+            node = self.sum()
+            if node[0] in ("sym", "app") and self.value() not in RELATIONS:
+                raise Unreadable("words around a symbol")
+            return node
         node = self.factor()
         while True:
             kind, value, space = self.peek()
@@ -406,6 +418,12 @@ class Parser:
                     pass
                 node = ("div", node, right) if value == "/" else scale(node, right)
                 continue
+            if value in ("pmod", "bmod", "mod") and kind == "c":
+                start = self.i + 1
+                self.i += 1
+                self.factor()
+                node = ("unit", node, "mod " + "".join(t[1] for t in self.tokens[start:self.i] if t[1] not in "{}()"))
+                continue
             if kind == "t":
                 node = self.units(node)
                 continue
@@ -414,11 +432,15 @@ class Parser:
             if node[0] == "num" and node[1].denominator == 1 and previous[0] == "n" and kind in "nc":
                 mixed = self.mixed(node, kind, value)
                 if mixed:
-                    node = mixed
+                    node = self.postfix(mixed)
                     continue
             if kind == "n" and previous[0] in "nv":
                 raise Unreadable("two adjacent numbers")
-            node = scale(node, self.factor())
+            right = self.factor()
+            if right[0] == "div" and right[1][0] == right[2][0] == "text":  # \frac{\text{m}}{\text{s}}
+                node = ("unit", node, "%s / %s" % (right[1][1], right[2][1]))
+            else:
+                node = scale(node, right)
 
     def mixed(self, whole, kind, value):
         """1 \\frac{3}{4} or 1 3/4: a proper fraction of two numerals after an integer."""
@@ -427,7 +449,8 @@ class Parser:
             top, bottom = self.peek()[1], self.peek(2)[1]
             self.i += 3
         elif value == "frac":
-            node = self.factor()
+            self.i += 1
+            node = self.command("frac")
             if node[0] != "div" or node[1][0] != "num" or node[2][0] != "num":
                 self.i = start
                 return None
@@ -467,6 +490,8 @@ class Parser:
             return ("pct", node)
         if node[0] in ("unit", "list"):
             return node
+        if words and node[0] == "sym" and singular(words[0]) not in UNITS:
+            raise Unreadable("words around a symbol")
         return ("unit", node, " ".join(words)) if words else node
 
     def factor(self):
@@ -592,6 +617,9 @@ class Parser:
             name += "_" + self.subscript()
         while self.value() in ("'", "''"):
             name += self.accept("'", "''")
+        if name in ("f", "g", "h") and [t[1] for t in self.tokens[self.i:self.i + 6]] == ["^", "{", "-", "1", "}", "("]:
+            self.i += 5
+            name += "^-1"
         if self.value() == "(" and self.applies(name):
             self.i += 1
             inner, _ = self.enclosed(")")
@@ -602,7 +630,7 @@ class Parser:
 
     def applies(self, name):
         """Is name( the start of a function application?  Else it is a product: n(n+1)."""
-        if name.rstrip("'") in ("f", "g", "h", "F", "G", "H", "Interval"):
+        if name.rstrip("'^-1") in ("f", "g", "h", "F", "G", "H", "Interval"):
             return True
         j, depth, comma = self.i + 1, 1, False
         while depth and j < len(self.tokens) and j < self.i + 12:
@@ -670,7 +698,9 @@ class Parser:
         builder = depth == 0 and j < len(self.tokens) and (j == self.i + 1 or self.peek(1)[1] == "in")
         if builder and self.peek()[0] in "vc":
             bars, self.bars = self.bars, 1  # the bar closes the head
-            self.set_expression() if self.value(1) != "in" else self.relation()
+            self.sum()
+            if self.accept("in"):
+                self.sum()
             self.bars = bars
             self.expect("|", ":")
             node, _ = self.enclosed("}}")
@@ -701,6 +731,8 @@ class Parser:
         return num(Fraction(mantissa) * Fraction(10)**int(exponent or 0))
 
     def command(self, name):
+        if "\\" + name in REFUSED or not name.isalpha():
+            raise Unreadable("\\%s is not supported" % name)
         if name == "frac":
             top = self.argument()
             return ("div", top, self.argument())
@@ -808,6 +840,8 @@ class Parser:
                     self.i += 1
                     continue
                 if self.value() != "end" or self.peek()[0] == "end":
+                    while self.peek()[0] == "t" and self.peek()[1] in QUALIFIERS:
+                        self.i += 1
                     row.append(self.relation() if self.value() != "&" else ("text", ""))
                     self.accept(",")
                 if self.accept("&"):
@@ -827,7 +861,8 @@ class Parser:
         self.depth -= 1
         if name in ("vmatrix", "Vmatrix"):
             raise Unreadable("determinants are not supported")
-        if all(len(r) == 2 for r in rows) and not name.endswith("matrix") and name != "array":
+        if all(len(r) == 2 for r in rows) and not name.endswith("matrix") and (
+                name != "array" or any(r[1][0] == "rel" for r in rows)):
             rows = [r[1] for r in rows]
             return rows[0] if len(rows) == 1 else ("list", ",", *rows)
         return ("matrix" if name.endswith("matrix") or name == "array" else "set", *rows)
@@ -1211,6 +1246,8 @@ class Comparison:
             return max(args) if node[1] == "max" else min(args)
         if node[1] in ("gcd", "lcm") and args and all(isinstance(a, Fraction) and a.denominator == 1 for a in args):
             return Fraction((math.gcd if node[1] == "gcd" else math.lcm)(*(a.numerator for a in args)))
+        if node[1] == "C" and len(args) == 2 and all(isinstance(a, Fraction) for a in args):
+            return self.evaluate(("binom", *map(num, args)))
         if self.attempt is None:
             raise Undefined("%s has no value" % node[1])
         rounded = [str(a) if isinstance(a, (Fraction, str)) else "%.30e %.30e" % (a.re, a.im) for a in args]
@@ -1305,6 +1342,10 @@ class Comparison:
     def equal(self, a, b):
         if a == b:
             return True
+        if "family" in (a[0], b[0]):
+            if a[0] == b[0]:
+                a, b = (("family", substitute(n[1], {n[2]: ("sym", "#")}), n[2]) for n in (a, b))
+            return self.equal(*(n[1] if n[0] == "family" else n for n in (a, b)))
         a, b = self.settle(a), self.settle(b)
         if a == b:
             return True
@@ -1313,7 +1354,7 @@ class Comparison:
         if "unit" in (a[0], b[0]):
             return self.same_quantity(a, b)
         for x, y in ((a, b), (b, a)):
-            if x[0] == "rel" and set(x[1].split()) <= {"=", "~"} and not (y[0] == "rel" and "~" not in x[1]):
+            if x[0] == "rel" and set(x[1].split()) <= {"=", "~", "equiv"} and not (y[0] == "rel" and "~" not in x[1]):
                 values = readings(x)
                 if any(self.consistent(x) and self.equal(v, y) for v in values):
                     return True
@@ -1330,6 +1371,7 @@ class Comparison:
             return self.same_interval(a, b)
         if a[0] in ("list", "set") and b[0] in ("list", "set"):
             return self.same_members(a, b)
+        a, b = (("tuple", *n[2:]) if n[0] == "app" and m[0] == "tuple" and n[1].isupper() else n for n, m in ((a, b), (b, a)))
         kinds = {a[0], b[0]}
         if kinds & {"tuple", "row"} and kinds <= {"tuple", "row", "list", "matrix"}:
             x, y = entries(a), entries(b)
@@ -1361,6 +1403,8 @@ class Comparison:
 
     def same_quantity(self, a, b):
         units = [UNITS.get(singular(n[2])) if n[0] == "unit" else None for n in (a, b)]
+        if a[0] == b[0] == "unit" and a[2] != b[2] and a[2][:4] == b[2][:4] == "mod ":
+            return False
         if all(units) and units[0][0] == units[1][0] and units[0] != units[1]:
             if units[0][0] == "clock":
                 return False
@@ -1418,7 +1462,7 @@ class Comparison:
 
     def same_members(self, a, b):
         x, y = (flatten(n) for n in (a, b))
-        if "set" in (a[0], b[0]):
+        if "set" in (a[0], b[0]) or all(n[0] == "tuple" for n in x + y):
             x, y = ([m for i, m in enumerate(n) if not any(m == o for o in n[:i])] for n in (x, y))
         if len(x) != len(y):
             return False
@@ -1612,7 +1656,10 @@ def flip(ops):
 
 
 def difference(sides):
-    return ("add", sides[0], negative(sides[1]))
+    """left - right, times the denominators of its terms that hold symbols: y = 1/x and xy = 1 are one equation."""
+    terms = [t for side in sides for t in (side[1:] if side[0] == "add" else side[1:] if side[0] == "mul" else [side])]
+    below = dict.fromkeys(t[2] for t in terms if t[0] == "div" and symbols(t[2]))
+    return ("mul", ("add", sides[0], negative(sides[1])), *below)
 
 
 def numeric(sides):
@@ -1679,6 +1726,8 @@ def readings(rel):
         return [s for s in sides if not label(s)]
     last = sides[-1]
     constant = not symbols(last)
+    if set(rel[1].split()) == {"="} and numeric(sides) and not any(label(s) for s in sides):
+        return [last]
     if not all(label(s) and (constant or simple_label(s)) or not symbols(s) or i > 0 for i, s in enumerate(sides[:-1])):
         return []
     if not label(sides[0]) and symbols(sides[0]):
@@ -1742,8 +1791,8 @@ class Reading:
             except (Unreadable, RecursionError) as error:
                 self.problem = str(error) or "too deeply nested"
         plain = re.sub(r"\\(?:text|textbf|mathrm|mbox|textit|rm|bf)(?![a-z])|[{}$\\]", " ", text).lower()
-        self.words = tuple(w for w in re.findall(r"[^\W_]+|[^\w\s.,;:!]", plain) if w not in ("a", "an", "the"))
-        found = re.match(r"\s*(?:\\(?:text|textbf|mathrm|mbox)\s*\{)?\s*(\()?\s*([A-Ja-j])\s*([).:])?\s*\}?(?![A-Za-z0-9])\s*[.)]?\s*", text)
+        self.words = tuple(w for w in re.findall(r"[^\W_]+|[^\w\s]", plain.rstrip(". ")) if w not in ("a", "an", "the"))
+        found = re.match(r"\s*(?:\\(?:text|textbf|mathrm|mbox)\s*\{)?\s*(?:(?:[Oo]ption|[Cc]hoice)\s+)?(\()?\s*([A-Ja-j])\s*([).:])?\s*\}?(?![A-Za-z0-9])\s*[.)]?\s*", text)
         self.choice = self.rest = None
         if found:
             bare = found.end() >= len(text.rstrip())
@@ -1755,7 +1804,7 @@ class Reading:
 
 def depth_at(text, position):
     before = text[:position]
-    return sum(before.count(c) for c in "([{") - sum(before.count(c) for c in ")]}")
+    return sum(before.count(c) for c in ("(", "[", r"\{")) - sum(before.count(c) for c in (")", "]", r"\}"))
 
 
 def qualified(tokens):
@@ -1801,7 +1850,7 @@ def verdict(prediction, gold):
                     return True, "equal values", p, g
             except (Unreadable, ArithmeticError, RecursionError) as error:
                 problem = str(error) or "too deeply nested"
-    if p.words and p.words == g.words:
+    if not p.nodes and not g.nodes and p.words and p.words == g.words:
         return True, "the same words", p, g
     for x, y in ((p, g), (g, p)):
         if x.choice and x.rest and not y.choice:
@@ -1842,3 +1891,9 @@ def is_correct(response, gold):
     answer = extract_answer(response)
     golds = [gold] if isinstance(gold, str) else gold
     return answer is not None and any(answers_match(answer, g) for g in golds)
+
+
+def explain(prediction, gold):
+    """How each side was read and why the verdict is what it is, as text."""
+    equal, why, p, g = verdict(prediction, gold)
+    return "prediction: %s\ngold: %s\n%s: %s" % (p.nodes or p.problem, g.nodes or g.problem, "equal" if equal else "not equal", why)
