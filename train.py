@@ -22,9 +22,10 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from redi import checkpoint, data, distributed
+from redi import checkpoint, data, distributed, plan
 from redi.losses import dpo_loss, redi_loss, sequence_logps, sft_loss, simpo_loss
-from redi.model import CausalLM
+from redi.metrics import MetricsLog
+from redi.model import CausalLM, ModelConfig
 from redi.tokenizer import Tokenizer, resolve_directory
 
 # Paper, Appendix C.
@@ -34,7 +35,7 @@ STAGES = {
     "dpo": {"lr": 2e-7, "batch_size": 32, "epochs": 1, "beta": 0.001},
     "simpo": {"lr": 5e-7, "batch_size": 32, "epochs": 1, "beta": 2.0},
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja"]
 # A resumed run must agree in these; the rest (ranks, micro-batches, logging) may change.
 SETTINGS = (
@@ -58,11 +59,11 @@ def train(args: argparse.Namespace) -> None:
     claim_output(args)  # nothing is written, or overwritten, before the inputs are known to be good
     reference = reference_logps(args, model, dataset, directory, device) if args.method == "dpo" else None
     optimizer = build_optimizer(args, model)
-    total_steps = args.steps or math.ceil(args.epochs * math.ceil(len(dataset) / args.batch_size))
+    total_steps = count_steps(args, dataset)
     state = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "best_step": None, "best_margin": None}
     if args.resume and (newest := checkpoint.newest_checkpoint(args.output)):
         state = checkpoint.load_checkpoint(newest, model, optimizer)
-    log = MetricsLog(args.output / "metrics.jsonl", state["step"])
+    log = MetricsLog(args.output / "metrics.jsonl", state["step"]) if distributed.rank() == 0 else None
     describe(args, model, dataset, total_steps, state["step"], device)
 
     batches = prefetch(range(state["step"], total_steps), lambda step: make_batch(args, model, dataset, step))
@@ -98,7 +99,8 @@ def train(args: argparse.Namespace) -> None:
         saving = bool(args.save_every) and (step + 1) % args.save_every == 0
         if eval_dataset and (saving or step + 1 == total_steps):
             metrics.update(held_out(args, model, eval_dataset, device, state))
-        log.write(metrics)
+        if log:
+            log.write(metrics)
         if step == 0 or (step + 1) % args.log_every == 0:
             say(readable(metrics))
         if not finite:
@@ -112,6 +114,23 @@ def train(args: argparse.Namespace) -> None:
 
     final = checkpoint.save_final(args.output, model, tokenizer, DTYPES[args.dtype])
     say(f"wrote {final}")
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    """Print what the run would take. Reads no weights, and writes nothing but the cached token ids."""
+    directory = resolve_directory(args.model, ["*.json", "*.jinja"])
+    tokenizer = Tokenizer.from_pretrained(directory)
+    config = load_config(args, directory, tokenizer)
+    dataset = load_data(args, args.data, tokenizer, config.max_position_embeddings)
+    run = plan.make_plan(
+        args, config, dataset, count_steps(args, dataset),
+        lambda rows: deal(args, config, dataset, rows, args.world_size),
+    )
+    print(plan.describe(run, args, config, dataset, DTYPES[args.dtype].itemsize))
+
+
+def count_steps(args, dataset: data.Dataset) -> int:
+    return args.steps or math.ceil(args.epochs * math.ceil(len(dataset) / args.batch_size))
 
 
 def objective(args, logps, lengths, reference, rows) -> torch.Tensor:
@@ -217,46 +236,6 @@ def readable(metrics: dict) -> str:
     return "  ".join(f"{key} {metrics[key]:.5g}" for key in shown if metrics.get(key) is not None)
 
 
-class MetricsLog:
-    """metrics.jsonl, one line a step, without gap or repeat: a line that cannot be written waits for the next one."""
-
-    def __init__(self, path: Path, steps_done: int):
-        """Keeps the lines of the first steps_done steps, and drops what an interrupted run logged after them."""
-        self.path, self.waiting = path, []
-        if distributed.rank() == 0:
-            kept = []
-            if path.is_file():
-                kept = [row for row in map(parse_line, path.read_text().splitlines()) if row]
-            with data.write_atomically(path) as file:
-                file.writelines(json.dumps(row) + "\n" for row in kept if row["step"] <= steps_done)
-
-    def write(self, metrics: dict) -> None:
-        if distributed.rank() != 0:
-            return
-        self.waiting.append(json.dumps(metrics) + "\n")
-        try:
-            size = self.path.stat().st_size if self.path.exists() else 0
-            try:
-                with open(self.path, "a") as file:
-                    file.writelines(self.waiting)
-            except OSError:
-                os.truncate(self.path, size)
-                raise
-        except OSError as error:
-            if len(self.waiting) == 1:
-                say(f"cannot write {self.path} ({error.strerror}); its lines are kept and tried again at every step")
-            return
-        self.waiting = []
-
-
-def parse_line(line: str) -> dict | None:
-    """A line of metrics.jsonl, or None for one that a crash cut off."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
-
-
 def prefetch(steps, make):
     """Yield (step, make(step)), made in a thread one step ahead, while the device is at work."""
     with ThreadPoolExecutor(1) as pool:
@@ -274,15 +253,20 @@ def make_batch(args, model: CausalLM, dataset: data.Dataset, step: int):
 
 
 def micro_batches(args, config, dataset, rows: np.ndarray) -> list[data.MicroBatch]:
+    parts = deal(args, config, dataset, rows, distributed.world_size())
+    return [data.pack(dataset, part[distributed.rank()]) for part in parts]
+
+
+def deal(args, config, dataset, rows: np.ndarray, ranks: int) -> list[list[list[int]]]:
+    """Spread a step's rows evenly: result[micro][rank] is a list of rows."""
     lengths = dataset.input_lengths[rows]
     # Arithmetic of a token, forward: 2 x parameters, and 2 x layers x heads x head size x its context.
     quadratic = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     costs = (lengths + lengths.astype(float) ** 2 * quadratic / sum(config.matmul_parameters())).sum(1)
-    parts = data.partition(rows, lengths.sum(1), costs, distributed.world_size(), args.micro_batch_tokens)
-    return [data.pack(dataset, part[distributed.rank()]) for part in parts]
+    return data.partition(rows, lengths.sum(1), costs, ranks, args.micro_batch_tokens)
 
 
-def build_model(args, directory: Path, tokenizer: Tokenizer, device: torch.device) -> CausalLM:
+def load_config(args, directory: Path, tokenizer: Tokenizer) -> ModelConfig:
     overrides = {"rope_theta": args.rope_theta, "max_position_embeddings": args.max_position_embeddings}
     config = checkpoint.load_config(directory, **{k: v for k, v in overrides.items() if v is not None})
     if tokenizer.vocab_size > config.vocab_size:
@@ -290,6 +274,11 @@ def build_model(args, directory: Path, tokenizer: Tokenizer, device: torch.devic
             f"{directory}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
             f"but the model's vocabulary has {config.vocab_size} entries"
         )
+    return config
+
+
+def build_model(args, directory: Path, tokenizer: Tokenizer, device: torch.device) -> CausalLM:
+    config = load_config(args, directory, tokenizer)
     with torch.device("meta"):
         model = CausalLM(config, gradient_checkpointing=args.gradient_checkpointing)
     checkpoint.check_weights(model, directory)
@@ -506,8 +495,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--loss-on-prompt", action="store_true", help="sft: train on the prompt too, as the official stage 1 does")
     add("--append-end-of-text", action="store_true", help="end responses with a newline and <|endoftext|> after the "
         "end of turn, counted in |y|, as the official code does")
-    add("--dtype", choices=list(DTYPES), help="of the computation (default: bf16 on a GPU, fp32 on a CPU); "
-        "master weights are fp32")
+    add("--dtype", choices=list(DTYPES), help="of the computation (default: bfloat16 on a GPU, float32 on a CPU); "
+        "master weights are float32")
     add("--micro-batch-tokens", type=int, default=40960, help="tokens of one rank in memory at once")
     add("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false",
         help="keep activations instead of computing them again")
@@ -518,11 +507,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--max-skipped", type=int, default=10, help="updates in a row that may be skipped for numbers not finite")
     add("--resume", action="store_true", help="continue the run in --output, or begin it where there is none")
     add("--overwrite", action="store_true", help="replace the run in --output")
+    add("--plan", action="store_true", help="print what the run would take (steps, tokens, hours, memory of each "
+        "GPU), and do not train")
+    add("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="--plan: number of GPUs")
+    add("--utilization", type=float, default=0.4, help="--plan: share of the peak rate that a GPU reaches")
+    add("--peak-tflops", type=float, default=989, help="--plan: a GPU's peak rate (989: H100 or H200 in bf16)")
+    add("--memory-gib", type=float, default=80, help="--plan: a GPU's memory")
     args = parser.parse_args(argv)
     for key, value in STAGES[args.method].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() or args.plan else "fp32")
     args.prefill = args.prefill.replace("\\n", "\n")
     # torchrun --max-restarts started this worker again: go on where its predecessor was.
     args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -532,7 +527,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def check_args(args) -> None:
     positive = ("batch_size", "micro_batch_tokens", "max_prompt_tokens", "max_response_tokens", "max_tokens",
-                "log_every", "max_grad_norm", "lr", "epochs")
+                "log_every", "max_grad_norm", "lr", "epochs", "world_size", "utilization", "peak_tflops", "memory_gib")
     for key in positive:
         if not getattr(args, key) > 0:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}; it must be above 0")
@@ -554,7 +549,8 @@ def check_args(args) -> None:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv:
-        return train(parse_args(argv))
+        args = parse_args(argv)
+        return show_plan(args) if args.plan else train(args)
     from redi.toy import run_example
 
     run_example()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from redi.data import read_jsonl, write_atomically
+
 
 def pass_at_1(correct: np.ndarray) -> tuple[float, float | None]:
     """Mean of correct (n problems, k samples) bool, and the standard error of that mean.
@@ -60,3 +62,26 @@ def drop_partial_line(path: str | Path) -> None:
                 break
         if start < end:
             file.truncate(start)
+
+
+class MetricsLog:
+    """metrics.jsonl: one line a step, no gap and no repeat. For one process to write."""
+
+    def __init__(self, path: Path, steps_done: int):
+        """Keep the lines of the first steps_done steps; drop what an interrupted run logged after its checkpoint."""
+        self.path, self.waiting = path, []
+        drop_partial_line(path)
+        kept = [row for _, row in read_jsonl(path) if row["step"] <= steps_done] if path.exists() else []
+        with write_atomically(path) as file:
+            file.writelines(map(json_line, kept))
+
+    def write(self, metrics: dict) -> None:
+        """Append a line. One that cannot be written (a full disk) is said once, kept, and tried again with the next."""
+        self.waiting.append(metrics)
+        try:
+            while self.waiting:
+                append_row(self.path, self.waiting[0])
+                self.waiting.pop(0)
+        except OSError as error:
+            if len(self.waiting) == 1:
+                print(f"{self.path} cannot be written ({error}); its lines are kept and tried again at each step")
