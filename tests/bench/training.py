@@ -1,0 +1,257 @@
+"""CPU seconds and peak memory of training steps, ours beside TRL 1.16, on the same rows and the same random model.
+
+    python tests/bench/training.py sft dpo simpo redi              one table row a method (redi beside TRL's SimPO)
+    python tests/bench/training.py simpo --shape wide-vocabulary
+
+Needs the packages of tests/requirements.txt. Each method runs two processes, one with train.py's own loop and one
+with TRL's trainer, that take optimiser steps in turn, so that both see the same state of a shared machine. Both
+load one model directory, read one text file whose words are token ids, form the same micro-batches (1 pair, or 2
+sequences for sft) without gradient checkpointing, and must agree on loss and gradient norm of the first step.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median, quantiles
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = ["sft", "dpo", "simpo", "redi"]
+SHAPES = {
+    "standard": {"vocab_size": 32_000, "hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6},
+    "wide-vocabulary": {"vocab_size": 151_936, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4},
+}
+MICRO_BATCH = {"sft": 2}  # examples; 1 pair otherwise
+BATCH_SIZE = {"sft": 16}  # examples; 8 pairs otherwise: the same 16 sequences
+# Targets: tokens per CPU second at least, and peak memory at most, times TRL's.
+TARGETS = {"sft": (1.9, 0.5), "dpo": (2.3, 0.5), "simpo": (1.7, 0.65), "redi": (1.7, 0.65)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="+", choices=METHODS, metavar="method", help=", ".join(METHODS))
+    parser.add_argument("--shape", choices=list(SHAPES), default="standard")
+    parser.add_argument("--warmup", type=int, default=2, help="steps not counted")
+    parser.add_argument("--steps", type=int, default=5, help="steps counted")
+    parser.add_argument("--worker", nargs=2, metavar=("SIDE", "DIRECTORY"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if args.worker:
+        side, directory = args.worker
+        run = {"prepare": prepare, "ours": run_ours, "trl": run_trl}[side]
+        return run(Path(directory), args)
+    print(f"shape {args.shape}, one thread, medians [quartiles] of {args.steps} steps after {args.warmup}")
+    print(f"{'method':8}{'tokens/CPU-s':>26}{'TRL':>24}{'ratio':>18}{'target':>8}{'MB':>8}{'TRL':>8}{'ratio':>7}{'target':>8}")
+    with tempfile.TemporaryDirectory() as directory:
+        start_worker("prepare", directory, args, args.methods[0]).wait()
+        for method in args.methods:
+            print(compare(method, directory, args), flush=True)
+
+
+def compare(method: str, directory: str, args) -> str:
+    """One row of the table."""
+    workers = {side: start_worker(side, directory, args, method) for side in ("ours", "trl")}
+    reports = {side: [] for side in workers}
+    for _ in range(args.warmup + args.steps):
+        for side, worker in workers.items():
+            worker.stdin.write("step\n")
+            worker.stdin.flush()
+            line = worker.stdout.readline()
+            if not line:
+                sys.exit(f"error: the {side} process ended early with exit code {worker.wait()}")
+            reports[side].append(json.loads(line))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    if method != "redi":  # which TRL does not have
+        for key in ("loss", "grad_norm"):
+            ours, theirs = (reports[side][0][key] for side in ("ours", "trl"))
+            if abs(ours - theirs) > 5e-5 * max(1, abs(theirs)):
+                sys.exit(f"error: {method}: {key} of the first step is {ours:.6f} here, {theirs:.6f} in TRL")
+    tokens = reports["ours"][0]["tokens"]
+    speeds = {side: [tokens / r["cpu_seconds"] for r in rs[args.warmup :]] for side, rs in reports.items()}
+    # Steps that ran next to each other are compared with each other.
+    ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds["trl"])]
+    memory = {side: rs[-1]["peak_mb"] for side, rs in reports.items()}
+    faster, smaller = TARGETS[method]
+    return (
+        f"{method:8}{spread(speeds['ours'], 0):>26}{spread(speeds['trl'], 0):>24}{spread(ratios, 2):>18}{faster:8}"
+        f"{memory['ours']:8.0f}{memory['trl']:8.0f}{memory['ours'] / memory['trl']:7.2f}{smaller:8}"
+    )
+
+
+def spread(values: list[float], digits: int) -> str:
+    low, _, high = quantiles(values, n=4)
+    return f"{median(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def start_worker(side: str, directory: str, args, method: str) -> subprocess.Popen:
+    # This process stays small: a child's peak memory counts what its parent held when it was started.
+    command = [sys.executable, __file__, method, "--shape", args.shape, "--warmup", str(args.warmup)]
+    command += ["--steps", str(args.steps), "--worker", side, directory]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                   "TOKENIZERS_PARALLELISM": "false"}
+    log = open(f"{directory}/{side}.log", "w")
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                            env=environment)
+
+
+def prepare(directory: Path, args) -> None:
+    """A random model with a tokenizer of one word a token, and 8 pairs of long-tailed lengths as text."""
+    import numpy as np
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import models, pre_tokenizers
+
+    from redi.checkpoint import save_pretrained
+    from redi.model import CausalLM, ModelConfig
+    from redi.tokenizer import CHATML_TEMPLATE, Tokenizer
+
+    shape = SHAPES[args.shape]
+    size = shape["vocab_size"]
+    words = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, **{f"w{i}": i for i in range(3, size)}}
+    tokenizer = FastTokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    model_directory = directory / "model"
+    model_directory.mkdir()
+    tokenizer.save(str(model_directory / "tokenizer.json"))
+    (model_directory / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHATML_TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }))
+    model = CausalLM(ModelConfig.from_dict({
+        "model_type": "qwen2", "num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 64,
+        "max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+        **shape,
+    }))
+    model.init_weights(seed=0)
+    save_pretrained(model, model_directory, Tokenizer.from_pretrained(model_directory))
+
+    rng = np.random.default_rng(0)
+    lengths = np.clip(np.exp(rng.normal(5.4, 0.8, 16)), 50, 1000).astype(int)  # of responses, in tokens
+
+    def text(length):
+        return " ".join(f"w{i}" for i in rng.integers(3, size, length))
+
+    pairs, positives = [], []
+    for chosen, rejected in lengths.reshape(8, 2):
+        prompt, *responses = text(rng.integers(24, 61)), " " + text(chosen), " " + text(rejected)
+        pairs.append({"prompt": prompt, "chosen": responses[0], "rejected": responses[1]})
+        positives += [{"prompt": prompt, "completion": response} for response in responses]
+    for name, rows in (("pairs", pairs), ("sft", positives)):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Turns:
+    """The worker's end of the pipe: waits until its step is wanted, then reports what the step took."""
+
+    def __init__(self):
+        self.replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no reply
+
+    def begin(self) -> None:
+        if not sys.stdin.readline():
+            sys.exit(0)
+        self.started = cpu_seconds()
+
+    def end(self, **report) -> None:
+        report["cpu_seconds"] = cpu_seconds() - self.started
+        report["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(report), file=self.replies, flush=True)
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def data_file(directory: Path, method: str) -> Path:
+    return directory / ("sft.jsonl" if method == "sft" else "pairs.jsonl")
+
+
+def run_ours(directory: Path, args) -> None:
+    """train.py's loop as it is, but for which rows share a micro-batch and for waiting its turn."""
+    import torch
+
+    import train
+    from redi import data
+
+    torch.set_num_threads(1)
+    turns, (method,), output = Turns(), args.methods, directory / f"ours-{args.methods[0]}"
+
+    def micro_batches(_, config, dataset, rows):
+        rows, size = sorted(rows), MICRO_BATCH.get(method, 1)
+        return [data.pack(dataset, rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    def in_turns(steps, make):
+        for batch in prefetch(steps, make):
+            turns.begin()
+            yield batch
+            last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+            turns.end(loss=last["loss"], grad_norm=last["grad_norm"], tokens=last["tokens"])
+
+    prefetch, train.prefetch, train.micro_batches = train.prefetch, in_turns, micro_batches
+    train.main([
+        method, "--model", str(directory / "model"), "--data", str(data_file(directory, method)),
+        "--output", str(output), "--batch-size", str(BATCH_SIZE.get(method, 8)), "--lr", "1e-6",
+        "--steps", str(args.warmup + args.steps), "--no-gradient-checkpointing", "--save-every", "0",
+    ])
+
+
+def run_trl(directory: Path, args) -> None:
+    """TRL's trainer of the method, or of SimPO where it has none."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+    torch.set_num_threads(1)
+    turns, (method,) = Turns(), args.methods
+
+    class InTurns(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            turns.begin()
+
+        def on_log(self, arguments, state, control, logs, **_):
+            if "loss" in logs:  # one line a step, its last act; the other line sums up the run
+                turns.end(loss=logs["loss"], grad_norm=logs["grad_norm"])
+
+    model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+    rows = [json.loads(line) for line in open(data_file(directory, method))]
+    micro_batch = MICRO_BATCH.get(method, 1)
+    trainer, options = trl_trainer(method)
+    options = dict(
+        output_dir=str(directory / f"trl-{method}"), per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=BATCH_SIZE.get(method, 8) // micro_batch, max_steps=args.warmup + args.steps,
+        learning_rate=1e-6, weight_decay=1e-4, max_grad_norm=1.0, gradient_checkpointing=False, bf16=False,
+        use_cpu=True, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, max_length=2048,
+        train_sampling_strategy="sequential", **options,
+    )
+    config = trainer.__init__.__annotations__["args"]
+    config = next(kind for kind in config.__args__ if kind is not type(None))
+    trainer(
+        model=model, args=config(**options), train_dataset=Dataset.from_list(rows),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(directory / "model"), callbacks=[InTurns()],
+    ).train()
+
+
+def trl_trainer(method: str):
+    """(trainer class, its own options), with train.py's default of every hyper-parameter."""
+    if method == "sft":
+        from trl import SFTTrainer
+
+        return SFTTrainer, {}
+    if method == "dpo":
+        from trl import DPOTrainer
+
+        return DPOTrainer, {"beta": 0.001, "precompute_ref_log_probs": True}
+    from trl.experimental.cpo import CPOTrainer
+
+    return CPOTrainer, {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0}
+
+
+if __name__ == "__main__":
+    main()
