@@ -517,7 +517,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for key, value in STAGES[args.method].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() or args.plan else "fp32")
+    args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() or args.plan else "float32")
     args.prefill = args.prefill.replace("\\n", "\n")
     # torchrun --max-restarts started this worker again: go on where its predecessor was.
     args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
