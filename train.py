@@ -22,7 +22,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from redi import checkpoint, data, distributed, plan
+from redi import checkpoint, data, distributed, monitor, plan
 from redi.losses import dpo_loss, redi_loss, sequence_logps, sft_loss, simpo_loss
 from redi.metrics import MetricsLog
 from redi.model import CausalLM, ModelConfig
@@ -61,6 +61,7 @@ def train(args: argparse.Namespace) -> None:
     optimizer = build_optimizer(args, model)
     total_steps = count_steps(args, dataset)
     state = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "best_step": None, "best_margin": None}
+    state["collapse"] = monitor.new_history()
     if args.resume and (newest := checkpoint.newest_checkpoint(args.output)):
         state = checkpoint.load_checkpoint(newest, model, optimizer)
     log = MetricsLog(args.output / "metrics.jsonl", state["step"]) if distributed.rank() == 0 else None
@@ -105,8 +106,13 @@ def train(args: argparse.Namespace) -> None:
             say(readable(metrics))
         if not finite:
             report_skipped(args, dataset, rows, state)
-        if saving or values["stopping"]:
+        collapsing = args.method != "sft" and monitor.watch(state["collapse"], metrics, args.collapse_threshold)
+        if collapsing:
+            say(collapsing)
+        if saving or values["stopping"] or (collapsing and args.stop_on_collapse):
             save(args, model, optimizer, tokenizer, state)
+        if collapsing and args.stop_on_collapse:
+            raise ValueError(f"stopped after step {step + 1}, as --stop-on-collapse asks")
         if values["stopping"]:
             say(f"stopped after step {step + 1} of {total_steps}: run the same command with --resume to continue")
             raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
@@ -504,6 +510,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--save-every", type=int, default=200, help="steps between checkpoints; 0 for none")
     add("--keep-checkpoints", type=int, default=2, help="how many to keep; 0 for all")
     add("--log-every", type=int, default=10, help="steps between lines on the screen")
+    add("--collapse-threshold", type=float, default=1.0, help="nats per token that the chosen LogPS may lose before "
+        "a warning (redi/monitor.py)")
+    add("--stop-on-collapse", action="store_true", help="save and stop at that warning")
     add("--max-skipped", type=int, default=10, help="updates in a row that may be skipped for numbers not finite")
     add("--resume", action="store_true", help="continue the run in --output, or begin it where there is none")
     add("--overwrite", action="store_true", help="replace the run in --output")
