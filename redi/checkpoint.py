@@ -107,7 +107,7 @@ def _weight_slices(model: CausalLM, directory: Path) -> dict:
             raise ValueError(f"{index}: expected an object 'weight_map' from tensor names to file names")
         files = set(weight_map.values())
         for name in files:
-            if Path(name).name != name:
+            if Path(name).name != name or name in ("", ".."):
                 raise ValueError(f"{index}: the file name {name!r} points outside the directory")
     else:
         raise ValueError(f"{directory} holds no weights (neither model.safetensors nor {index.name})")
@@ -178,6 +178,9 @@ def save_pretrained(
                 failure = error
     if writer and failure is None:
         try:
+            for stale in directory.glob("model*.safetensors*"):  # of an earlier save with another number of files
+                if stale.name not in weight_map.values():
+                    stale.unlink()
             if len(shards) > 1:
                 total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -238,6 +241,7 @@ def save_checkpoint(output: Path, model: CausalLM, optimizer, tokenizer, state: 
             "world_size": world_size(),
             "sha256": {_rank_file(r, world_size()): digest for r, digest in enumerate(digests)},
         }
+        whole_state["digest"] = _state_digest(whole_state)
         run_where(rank() == 0, lambda: _write_json(folder / "state.json", whole_state) or _fsync(folder))
 
     return _commit(output / step_name(state["step"]), write)
@@ -343,13 +347,20 @@ def _damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint; each rank reads its share of them."""
     try:
         state = _read_json(path / "training_state" / "state.json")
+        if state.get("digest") != _state_digest(state):
+            return "state.json does not match its checksum"
         digests = sorted(state["sha256"].items())
         for name, digest in digests[rank() :: world_size()]:
             if file_digest(path / "training_state" / name) != digest:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         return str(error)
     return None
+
+
+def _state_digest(state: dict) -> str:
+    text = json.dumps({key: value for key, value in state.items() if key != "digest"})
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -410,7 +421,7 @@ def _read_json(path: Path) -> dict:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, malformed, a number of thousands of digits
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
