@@ -9,10 +9,15 @@ interruption, with any number of processes. The table goes to the screen and to 
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
+import os
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -25,11 +30,12 @@ from tqdm import tqdm
 
 from redi import answer_checker
 from redi.answer_checker import extract_answer, is_correct
-from redi.checkpoint import file_digest, load_config, load_pretrained, weights_digest
+from redi.checkpoint import check_weights, file_digest, load_config, load_pretrained, weights_digest
 from redi.data import read_jsonl, write_atomically
 from redi.distributed import init_process_group
 from redi.generation import Request, generate, sample_key
 from redi.metrics import append_row, drop_partial_line, json_line, pass_at_1, pass_at_k
+from redi.model import CausalLM
 from redi.tokenizer import PROMPT_TEMPLATES, Tokenizer, resolve_directory, user_message
 
 MODEL_FILES = ["*.json", "*.safetensors", "chat_template.jinja"]
@@ -49,9 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     benchmarks = [read_benchmark(path, args.limit) for path in args.problems]
     refuse_equal_names([benchmark.name for benchmark in benchmarks], args.problems)
+    refuse_equal_names([storage_name(path) for path in args.model or []], args.model)
     if args.score:
         report(score(args, benchmarks), args.output)
         return
+    end_with_torchrun()
     joined_here = not dist.is_initialized()
     device = init_process_group()
     threads = torch.get_num_threads()
@@ -60,7 +68,6 @@ def main(argv: list[str] | None = None) -> None:
         # Gloo, because ranks wait here for the longest response, and NCCL gives up after ten minutes.
         group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
         models = [Model(path, args, device) for path in args.model]
-        refuse_equal_names([model.name for model in models], args.model)
         for model in models:  # all of them before hours are spent on the first
             for benchmark in benchmarks:
                 model.check(benchmark)
@@ -87,6 +94,8 @@ class Model:
             raise ValueError(
                 f"{path}: the tokenizer has {self.tokenizer.vocab_size} ids, the model only {self.config.vocab_size}"
             )
+        with torch.device("meta"):
+            check_weights(CausalLM(self.config), self.directory)
         digest = hashlib.sha256(weights_digest(self.directory).encode())
         for name in TOKENIZER_FILES:
             if (self.directory / name).is_file():
@@ -128,12 +137,30 @@ class Model:
 
 def evaluate(model: Model, benchmarks: list[Benchmark], args, device: torch.device, group) -> list[dict]:
     """Draw and score the samples that are still missing, then return one row of results a benchmark (on rank 0)."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
+    with contextlib.ExitStack() as locks:
+        if dist.get_rank() == 0:
+            for benchmark in benchmarks:
+                folder = model.folder(benchmark)
+                folder.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(locked(folder))
+                start_folder(folder, {**model.settings, "data_digest": benchmark.digest}, benchmark)
+        dist.barrier(group)
+        draw_missing(model, benchmarks, args, device, group)
+        dist.barrier(group)
+        if dist.get_rank() != 0:
+            return []
+        table = []
         for benchmark in benchmarks:
+            samples = merge_samples(model.folder(benchmark), benchmark)
             settings = {**model.settings, "data_digest": benchmark.digest}
-            start_folder(model.folder(benchmark), settings, benchmark)
-    dist.barrier(group)
+            row = summarise(benchmark, samples, args.samples, settings)
+            table.append({"model": model.name, "path": model.path, **row})
+        return table
+
+
+def draw_missing(model: Model, benchmarks: list[Benchmark], args, device: torch.device, group) -> None:
+    """Find the samples that no run has finished yet, and draw this rank's share of them."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     todo, requests = [], []  # todo[i] = (benchmark, id, sample) of requests[i]
     for benchmark in benchmarks:
         done = read_samples(model.folder(benchmark), benchmark)
@@ -152,15 +179,6 @@ def evaluate(model: Model, benchmarks: list[Benchmark], args, device: torch.devi
             file=sys.stderr,
         )
     draw(model, todo[rank::ranks], requests[rank::ranks], args, device, rank)
-    dist.barrier(group)
-    if rank != 0:
-        return []
-    table = []
-    for benchmark in benchmarks:
-        samples = merge_samples(model.folder(benchmark), benchmark)
-        settings = {**model.settings, "data_digest": benchmark.digest}
-        table.append({"model": model.name, "path": model.path, **summarise(benchmark, samples, args.samples, settings)})
-    return table
 
 
 def draw(model: Model, todo: list, requests: list[Request], args, device: torch.device, rank: int) -> None:
@@ -198,6 +216,41 @@ def samples_file(folder: Path, rank: int) -> Path:
     return folder / (f"samples.rank-{rank}.jsonl" if rank else "samples.jsonl")
 
 
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Keep other runs out of a folder. Raises ValueError when one is still there after some seconds (the processes of
+    a killed torchrun need a moment to notice)."""
+    handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + 10
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ValueError(f"{folder}: another evaluation is writing here") from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks: two runs at a time are up to the user
+                break
+        yield
+    finally:
+        os.close(handle)
+
+
+def end_with_torchrun() -> None:
+    """A torchrun killed with -9 leaves its processes running: they would go on for hours beside the next run."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def check_settings(folder: Path, settings: dict) -> dict | None:
     """The folder's settings.json (None for a new folder). Raises ValueError where it differs from `settings`."""
     path = folder / "settings.json"
@@ -219,7 +272,6 @@ def start_folder(folder: Path, settings: dict, benchmark: Benchmark) -> None:
     """Make a folder ready to be appended to: settings written, what an interrupted run left tidied up, and samples
     scored anew where the checker has changed since."""
     found, settings = check_settings(folder, settings), {**settings, "checker": checker_version()}
-    folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.partial-*"):
         leftover.unlink()
     if found is not None:
@@ -290,7 +342,7 @@ def score(args: argparse.Namespace, benchmarks: list[Benchmark]) -> list[dict]:
                 sample = next(i for i in range(len(found) + 1) if (id, i) not in found)
             if (id, sample) in found:
                 raise ValueError(f"{where}: sample {sample} of id {id!r} is there twice")
-            found[id, sample] = {**output, "id": id, "sample": sample}
+            found[id, sample] = {"id": id, **output, "sample": sample}
     table, name = [], storage_name(str(Path(args.score).with_suffix("")))
     for benchmark in benchmarks:
         found = samples[benchmark.name]
@@ -301,6 +353,7 @@ def score(args: argparse.Namespace, benchmarks: list[Benchmark]) -> list[dict]:
         settings = {"samples_digest": file_digest(Path(args.score)), "data_digest": benchmark.digest}
         if args.output:
             folder = Path(args.output) / name / benchmark.name
+            folder.mkdir(parents=True, exist_ok=True)
             start_folder(folder, settings, benchmark)
             with write_atomically(folder / "samples.jsonl") as file:
                 file.writelines(map(json_line, found.values()))
@@ -467,7 +520,7 @@ def read_json(path: Path) -> dict:
 
 def storage_name(path: str) -> str:
     """The last two parts of a path or hub id: checkpoints of different runs share their last (final, step-000100)."""
-    full = Path(path).absolute() if Path(path).exists() else Path(path)
+    full = Path(os.path.abspath(path)) if Path(path).exists() else Path(path)
     return "-".join(part for part in full.parts[-2:] if part != full.anchor)
 
 
