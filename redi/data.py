@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from redi.losses import IGNORE_INDEX
@@ -45,7 +45,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
                 continue
             try:
                 row = json.loads(line)
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+                if b"\\ud" in line.lower():  # an escape may name half a character, which UTF-8 cannot hold
+                    json.dumps(row, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not valid JSON in UTF-8: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
@@ -216,9 +218,12 @@ def load_dataset(path: Path, tokenizer: Tokenizer, settings: TokenSettings, cach
     """
     if not cache.is_file():
         _tokenize(path, tokenizer, settings, cache)
-    with safe_open(cache, framework="np") as file:
-        metadata = file.metadata()
-        offsets, prompts, lines = (file.get_tensor(key) for key in ("offsets", "prompt_lengths", "lines"))
+    try:
+        with safe_open(cache, framework="np") as file:
+            metadata = file.metadata()
+            offsets, prompts, lines = (file.get_tensor(key) for key in ("offsets", "prompt_lengths", "lines"))
+    except SafetensorError as error:
+        raise ValueError(f"{cache} is damaged ({error}); delete it, and it is made again") from None
     if not len(lines):
         raise ValueError(
             f"{path}: no example to train on ({metadata['dropped']} dropped: longer than "
@@ -253,6 +258,8 @@ def _tokenize(path: Path, tokenizer: Tokenizer, settings: TokenSettings, cache: 
     pieces, offsets, prompt_lengths, lines, dropped = [], [0], [], [], 0
     end = [tokenizer.end_of_turn_id]
     if settings.append_end_of_text:
+        if tokenizer.end_of_text_id is None:
+            raise ValueError(f"{tokenizer.directory}: the tokenizer has no end-of-text token to append")
         end += tokenizer.encode("\n") + [tokenizer.end_of_text_id]
     stream = read_examples(path, settings.pairs)
     while examples := list(islice(stream, 256)):
@@ -290,6 +297,8 @@ def _tokenize(path: Path, tokenizer: Tokenizer, settings: TokenSettings, cache: 
     try:
         save_file(tensors, partial, metadata={"dropped": str(dropped), "digest": digest.hexdigest()})
         os.replace(partial, cache)
+    except SafetensorError as error:  # the library's way to report a full disk
+        raise OSError(f"cannot write {cache}: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -340,7 +349,7 @@ def partition(
     Args: rows (n,) example indices; tokens, costs (n,) of those rows.
     """
     by_cost = np.argsort(-costs, kind="stable")
-    micro_batches = max(1, -(-int(tokens.sum()) // (ranks * max_tokens)))
+    micro_batches = -(-int(np.minimum(tokens, max_tokens).sum()) // (ranks * max_tokens))
     while True:
         bins = ranks * micro_batches
         members, filled, load = [[] for _ in range(bins)], np.zeros(bins, np.int64), np.zeros(bins)

@@ -1,0 +1,341 @@
+"""From JSONL rows to packed micro-batches: every accepted form, labels by hand, and who gets which rows."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from redi import data
+from redi.data import (
+    Dataset, TokenSettings, cache_name, epoch_order, load_dataset, pack, partition, read_examples, read_jsonl,
+    step_rows, write_atomically,
+)
+from redi.losses import sequence_logps
+from redi.tokenizer import Tokenizer
+from tests import tiny
+
+SFT = TokenSettings(pairs=False, max_prompt=10**6, max_response=10**6, max_total=10**6)
+PAIRS = TokenSettings(pairs=True, max_prompt=10**6, max_response=10**6, max_total=10**6)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tiny.write_tokenizer(directory)
+    return Tokenizer.from_pretrained(directory)
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(path, tokenizer, settings):
+    return load_dataset(path, tokenizer, settings, path.with_name(cache_name(path, tokenizer, settings)))
+
+
+# Rows
+
+Q, A, B = [user("2+2?")], assistant("4"), assistant("5")
+SYSTEM = {"role": "system", "content": "Add."}
+POSITIVES = {
+    "conversational": ({"prompt": Q, "completion": [A]}, Q, ("4",)),
+    "strings": ({"prompt": "2+2=", "completion": "4"}, "2+2=", ("4",)),
+    "string prompt, messages": ({"prompt": "2+2?", "completion": [A]}, Q, ("4",)),
+    "messages": ({"messages": [SYSTEM, *Q, A]}, [SYSTEM, *Q], ("4",)),
+    "several turns": ({"messages": [*Q, A, user("sure?"), B]}, [*Q, A, user("sure?")], ("5",)),
+    "other columns": ({"id": 7, "source": None, "prompt": Q, "completion": [A]}, Q, ("4",)),
+}
+PAIR_FORMS = {
+    "conversational": ({"prompt": Q, "chosen": [A], "rejected": [B]}, Q, ("4", "5")),
+    "system message": ({"prompt": [SYSTEM, *Q], "chosen": [A], "rejected": [B]}, [SYSTEM, *Q], ("4", "5")),
+    "strings": ({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, "2+2=", ("4", "5")),
+    "implicit prompt": ({"chosen": [*Q, A], "rejected": [*Q, B]}, Q, ("4", "5")),
+    "implicit strings": ({"chosen": "2+2 is 4", "rejected": "2+2 is five"}, "2+2 is", (" 4", " five")),
+    "implicit strings, no space": ({"chosen": "ab", "rejected": "ac"}, "a", ("b", "c")),
+    # The official code's rows: the prompt as a string, and again within the messages.
+    "official": ({"prompt": "2+2?", "chosen": [*Q, A], "rejected": [*Q, B]}, Q, ("4", "5")),
+    "prompt repeated": ({"prompt": Q, "chosen": [*Q, A], "rejected": [*Q, B]}, Q, ("4", "5")),
+    "string prompt, messages": ({"prompt": "2+2?", "chosen": [A], "rejected": [B]}, Q, ("4", "5")),
+    "several turns": ({"chosen": [*Q, A, user("sure?"), A], "rejected": [*Q, A, user("sure?"), B]},
+                      [*Q, A, user("sure?")], ("4", "5")),
+}
+
+
+@pytest.mark.parametrize("form", POSITIVES)
+def test_forms_of_positives(tmp_path, form):
+    row, prompt, completions = POSITIVES[form]
+    example, = read_examples(write(tmp_path / "p.jsonl", row), pairs=False)
+    assert (example.line, example.prompt, example.completions) == (1, prompt, completions)
+
+
+@pytest.mark.parametrize("form", PAIR_FORMS)
+def test_forms_of_pairs(tmp_path, form):
+    row, prompt, completions = PAIR_FORMS[form]
+    example, = read_examples(write(tmp_path / "p.jsonl", row), pairs=True)
+    assert (example.line, example.prompt, example.completions) == (1, prompt, completions)
+
+
+def test_all_conversational_forms_give_the_same_ids(tmp_path, tokenizer):
+    forms = ["conversational", "implicit prompt", "official", "prompt repeated", "string prompt, messages"]
+    dataset = load(write(tmp_path / "p.jsonl", *(PAIR_FORMS[form][0] for form in forms)), tokenizer, PAIRS)
+    rows = [sequence_ids(dataset, 2 * i) + sequence_ids(dataset, 2 * i + 1) for i in range(len(forms))]
+    assert all(row == rows[0] for row in rows)
+
+
+def test_shared_traces_in_our_format_and_blank_lines(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n" + json.dumps(POSITIVES["strings"][0]) + "\n\n  \n" + json.dumps(POSITIVES["messages"][0]))
+    assert [example.line for example in read_examples(path, pairs=False)] == [2, 5]
+
+
+def test_read_jsonl_accepts_a_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": "\\u00e9\xc3\xa9"}\r\n')
+    assert list(read_jsonl(path)) == [(1, {"a": 1}), (2, {"a": "éé"})]
+
+
+def test_write_atomically_writes_all_or_nothing(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError):
+        with write_atomically(path) as file:
+            file.write("new")
+            raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
+    with write_atomically(path) as file:
+        file.write("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["x.txt"]
+
+
+# Ids and labels
+
+
+def toy_dataset(*rows, prompts, k=1) -> Dataset:
+    offsets = np.cumsum([0, *map(len, rows)])
+    ids = np.concatenate(rows).astype(np.int32)
+    return Dataset(ids, offsets, np.array(prompts), np.arange(1, len(rows) // k + 1), 0, k, "")
+
+
+def test_labels_are_shifted_once_by_hand():
+    dataset = toy_dataset([1, 2, 3, 7, 8, 9], [4, 5, 6], prompts=[3, 1])
+    batch = pack(dataset, [0, 1])
+    assert batch.input_ids.tolist() == [1, 2, 3, 7, 8, 4, 5]  # the last id of each is only a label
+    assert batch.labels.tolist() == [-100, -100, 7, 8, 9, 5, 6]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 5, 7] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.max_seqlen == 5 and batch.rows.tolist() == [0, 1] and batch.weight == 1
+    assert batch.label_positions.tolist() == [2, 3, 4, 5, 6]
+    assert dataset.input_lengths.tolist() == [[5], [2]] and dataset.label_counts.tolist() == [[3], [2]]
+
+
+def test_all_chosen_stand_before_all_rejected():
+    dataset = toy_dataset([1, 2, 3], [1, 4], [5, 6], [5, 7, 8, 9], prompts=[1, 1, 1, 1], k=2)
+    batch = pack(dataset, [1, 0])
+    assert batch.input_ids.tolist() == [5, 1, 2, 5, 7, 8, 1] and batch.cu_seqlens.tolist() == [0, 1, 3, 6, 7]
+    assert batch.labels.tolist() == [6, 2, 3, 7, 8, 9, 4]
+    assert dataset.label_counts.tolist() == [[2, 1], [1, 3]] and batch.rows.tolist() == [1, 0]
+
+
+def test_lengths_are_the_counted_labels():
+    """|y| of the normaliser (label_counts) and of the loss (sequence_logps) come out equal."""
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(0, 50, generator.integers(2, 30)) for _ in range(20)]
+    prompts = [int(generator.integers(1, len(row))) for row in rows]
+    dataset = toy_dataset(*rows, prompts=prompts, k=2)
+    order = [3, 9, 0, 1]
+    batch = pack(dataset, order)
+    _, lengths = sequence_logps(torch.zeros(len(batch.labels)), batch.labels, batch.cu_seqlens)
+    assert lengths.tolist() == [*dataset.label_counts[order, 0], *dataset.label_counts[order, 1]]
+    assert batch.cu_seqlens.diff().tolist() == [*dataset.input_lengths[order, 0], *dataset.input_lengths[order, 1]]
+
+
+def test_an_empty_micro_batch_is_the_shortest_example_without_weight():
+    dataset = toy_dataset([1, 2, 3], [4, 5], [6, 7, 8, 9], prompts=[1, 1, 1])
+    batch = pack(dataset, [])
+    assert batch.weight == 0 and batch.rows.tolist() == [1] and batch.input_ids.tolist() == [4]
+
+
+def sequence_ids(dataset, i):
+    return dataset.ids[dataset.offsets[i] : dataset.offsets[i + 1]].tolist()
+
+
+def test_ids_of_a_conversation(tmp_path, tokenizer):
+    text = "<think>\n1 + 2\n</think>\n3"
+    dataset = load(write(tmp_path / "p.jsonl", {"prompt": [user("1+2?")], "completion": [assistant(text)]}), tokenizer, SFT)
+    prompt = tokenizer.encode("<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>assistant\n")
+    completion = tokenizer.encode("<think>\n") + tokenizer.encode("1 + 2\n</think>\n3") + [tokenizer.end_of_turn_id]
+    assert sequence_ids(dataset, 0) == prompt + completion
+    assert dataset.prompt_lengths.tolist() == [len(prompt)]
+    assert dataset.label_counts.tolist() == [[len(completion)]]  # the end of turn counts, once
+    batch = pack(dataset, [0])
+    assert batch.labels[batch.labels != -100].tolist() == completion
+
+
+def test_plain_strings_are_continued_without_a_template(tmp_path, tokenizer):
+    dataset = load(write(tmp_path / "p.jsonl", {"prompt": "2+2=", "completion": "4"}), tokenizer, SFT)
+    assert tokenizer.decode(sequence_ids(dataset, 0), skip_special_tokens=False) == "2+2=4<|im_end|>"
+
+
+def test_loss_on_prompt_end_of_text_and_system_prompt(tmp_path, tokenizer):
+    path = write(tmp_path / "p.jsonl", {"prompt": [user("1+2?")], "completion": [assistant("3")]})
+    plain = load(path, tokenizer, SFT)
+    whole = load(path, tokenizer, TokenSettings(False, 99, 99, 999, loss_on_prompt=True))
+    assert sequence_ids(plain, 0) == sequence_ids(whole, 0)
+    assert whole.label_counts.tolist() == [[len(sequence_ids(whole, 0)) - 1]]
+    official = load(path, tokenizer, TokenSettings(False, 99, 99, 999, append_end_of_text=True))
+    tail = tokenizer.encode("\n") + [tokenizer.end_of_text_id]
+    assert sequence_ids(official, 0) == sequence_ids(plain, 0) + tail
+    assert official.label_counts[0, 0] == plain.label_counts[0, 0] + len(tail)
+    system = load(path, tokenizer, TokenSettings(False, 99, 99, 999, system_prompt="Add."))
+    assert tokenizer.decode(sequence_ids(system, 0), False).startswith("<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>u")
+
+
+def test_long_examples_are_dropped_never_truncated(tmp_path, tokenizer):
+    short, long = [user("1?")], [user("1" * 50 + "?")]
+    rows = [
+        {"prompt": short, "chosen": [assistant("1")], "rejected": [assistant("2")]},
+        {"prompt": long, "chosen": [assistant("1")], "rejected": [assistant("2")]},
+        {"prompt": short, "chosen": [assistant("1" * 50)], "rejected": [assistant("2")]},
+        {"prompt": short, "chosen": [assistant("1")], "rejected": [assistant("2" * 50)]},
+    ]
+    path = write(tmp_path / "p.jsonl", *rows)
+    everything = load(path, tokenizer, PAIRS)
+    assert everything.dropped == 0 and len(everything) == 4
+    prompt, response = int(everything.prompt_lengths[0]), int(everything.label_counts[0, 0])
+
+    def kept(max_prompt=10**6, max_response=10**6, max_total=10**6):
+        dataset = load(path, tokenizer, TokenSettings(True, max_prompt, max_response, max_total))
+        for i in range(2 * len(dataset)):  # whole: each still ends with the end of turn
+            assert sequence_ids(dataset, i)[-1] == tokenizer.end_of_turn_id
+        assert dataset.dropped + len(dataset) == 4
+        return dataset.lines.tolist()
+
+    assert kept(max_prompt=prompt) == [1, 3, 4]
+    assert kept(max_response=response) == [1, 2]
+    assert kept(max_total=prompt + response) == [1]
+    with pytest.raises(ValueError, match=r"p.jsonl: no example to train on \(4 dropped"):
+        kept(max_total=prompt + response - 1)
+
+
+def test_the_cache_is_used_again_and_depends_on_all_that_decides_the_ids(tmp_path, tokenizer, monkeypatch):
+    row = {"prompt": [user("1+2?")], "completion": [assistant("3")]}
+    path = write(tmp_path / "p.jsonl", row)
+    first = load(path, tokenizer, SFT)
+    calls = []
+    monkeypatch.setattr(data, "_encode", lambda *args: calls.append(args))
+    again = load(path, tokenizer, SFT)
+    assert not calls and sequence_ids(first, 0) == sequence_ids(again, 0) and first.digest == again.digest
+
+    names = {cache_name(path, tokenizer, SFT)}
+    names.add(cache_name(path, tokenizer, PAIRS))
+    names.add(cache_name(path, tokenizer, TokenSettings(False, 10**6, 10**6, 10**6, prefill="")))
+    names.add(cache_name(path, tokenizer, TokenSettings(False, 10**6, 10**6, 10**6, system_prompt="")))
+    names.add(cache_name(path, tokenizer, TokenSettings(False, 10**6, 10**6, 10**6, loss_on_prompt=True)))
+    other = tmp_path / "other"
+    tiny.write_tokenizer(other, vocab_size=300)
+    names.add(cache_name(path, Tokenizer.from_pretrained(other), SFT))
+    (other / "tokenizer.json").write_bytes((tokenizer.directory / "tokenizer.json").read_bytes())
+    (other / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}<|im_end|>")
+    names.add(cache_name(path, Tokenizer.from_pretrained(other), SFT))
+    write(path, row, row)
+    names.add(cache_name(path, tokenizer, SFT))
+    assert len(names) == 8
+
+
+def test_the_digest_is_of_the_ids_and_labels(tmp_path, tokenizer):
+    rows = [{"prompt": [user(f"{i}?")], "completion": [assistant("3")]} for i in range(2)]
+    digests = {
+        load(write(tmp_path / "a.jsonl", *rows), tokenizer, SFT).digest,
+        load(write(tmp_path / "b.jsonl", *rows[::-1]), tokenizer, SFT).digest,
+        load(write(tmp_path / "c.jsonl", *rows), tokenizer, TokenSettings(False, 99, 99, 99, loss_on_prompt=True)).digest,
+    }
+    assert len(digests) == 3
+    assert load(write(tmp_path / "d.jsonl", *rows), tokenizer, SFT).digest in digests
+
+
+def test_an_interrupted_tokenisation_leaves_no_cache(tmp_path, tokenizer):
+    path = write(tmp_path / "p.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "a"})
+    with pytest.raises(ValueError, match="line 2: no key 'completion'"):
+        load(path, tokenizer, SFT)
+    assert os.listdir(tmp_path) == ["p.jsonl"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x10\0\0\0\0\0\0\0not a header....", None])
+def test_a_damaged_cache_is_named(tmp_path, tokenizer, damage):
+    path = write(tmp_path / "p.jsonl", {"prompt": "a", "completion": "b"})
+    cache = path.with_name(cache_name(path, tokenizer, SFT))
+    load_dataset(path, tokenizer, SFT, cache)
+    cache.write_bytes(cache.read_bytes()[:-3] if damage is None else damage)
+    with pytest.raises(ValueError, match="tokens-[0-9a-f]{16}.safetensors is damaged.*delete it"):
+        load_dataset(path, tokenizer, SFT, cache)
+
+
+# Who gets which rows
+
+
+def test_epoch_order_is_a_pure_function_of_seed_and_epoch():
+    first = epoch_order(100, seed=3, epoch=1)
+    np.random.seed(0)
+    assert (epoch_order(100, 3, 1) == first).all() and sorted(first) == list(range(100))
+    assert (epoch_order(100, 3, 2) != first).any() and (epoch_order(100, 4, 1) != first).any()
+
+
+@pytest.mark.parametrize("examples, batch_size", [(10, 4), (8, 4), (3, 7), (1, 1), (47, 10)])
+def test_steps_cover_each_epoch_once_and_the_last_may_be_smaller(examples, batch_size):
+    steps = -(-examples // batch_size)
+    for epoch in range(3):
+        parts = [step_rows(examples, batch_size, 5, epoch * steps + i) for i in range(steps)]
+        assert all(e == epoch for e, _ in parts)
+        rows = np.concatenate([rows for _, rows in parts])
+        assert sorted(rows) == list(range(examples)) and (rows == epoch_order(examples, 5, epoch)).all()
+        assert all(len(rows) == batch_size for _, rows in parts[:-1])
+        assert len(parts[-1][1]) == examples - batch_size * (steps - 1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_partition_on_random_inputs(seed):
+    generator = np.random.default_rng(seed)
+    count, ranks = int(generator.integers(1, 60)), int(generator.integers(1, 9))
+    rows = generator.permutation(1000)[:count]
+    tokens = generator.lognormal(5, 1, count).astype(np.int64) + 2
+    costs = tokens + tokens.astype(float) ** 2 / 500
+    cap = int(tokens.max() * generator.uniform(0.7, 4))
+    parts = partition(rows, tokens, costs, ranks, cap)
+    weight, cost = dict(zip(rows, tokens)), dict(zip(rows, costs))
+    assert all(len(micro) == ranks for micro in parts)  # the same number of micro-batches on every rank
+    assert sorted(row for micro in parts for part in micro for row in part) == sorted(rows)  # each exactly once
+    for part in (part for micro in parts for part in micro):
+        assert sum(weight[row] for row in part) <= cap or len(part) == 1
+    assert parts == partition(rows, tokens, costs, ranks, cap)
+    at_least = -(-int(tokens.sum()) // (ranks * cap))
+    assert len(parts) <= 2 * at_least + 1 + count // (2 * ranks)
+    # Side by side run parts of like cost: no rank waits for longer than the costliest example.
+    for micro in parts:
+        loads = [sum(cost[row] for row in part) for part in micro]
+        assert max(loads) - min(loads) <= max(costs) + 1e-9
+
+
+def test_partition_balances_many_small_examples():
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(50, 1000, 256)
+    parts = partition(np.arange(256), tokens, tokens.astype(float), 8, 10_000)
+    assert len(parts) == 2  # the fewest that the cap allows
+    loads = [sum(tokens[row] for row in part) for micro in parts for part in micro]
+    assert max(loads) < 1.02 * min(loads)
+
+
+def test_partition_with_fewer_examples_than_ranks():
+    parts = partition(np.array([5]), np.array([100]), np.array([100.0]), 4, 10)
+    assert len(parts) == 1 and sorted(map(len, parts[0])) == [0, 0, 0, 1]
