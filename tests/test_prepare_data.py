@@ -1,0 +1,497 @@
+import collections
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_tokenizer import QWEN_TEMPLATE, THINK, THINKING_TEMPLATE, write_tokenizer
+
+import prepare_data
+from redi.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+OPENR1_COUNTS = ["read", "invalid_problem", "excluded_source", "no_problem", "no_generations", "mismatched_verdicts",
+                 "no_correct", "positives", "pairs", "too_long"]
+
+
+def run_command(*arguments, limit_bytes=None, **environment) -> subprocess.CompletedProcess:
+    limit = limit_bytes and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes)))
+    return subprocess.run([sys.executable, ROOT / "prepare_data.py", *map(str, arguments)], capture_output=True,
+                          text=True, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+                          preexec_fn=limit)
+
+
+def prepare(*arguments) -> Path:
+    """The same without a process of its own, which costs seconds: the output directory."""
+    prepare_data.main([*map(str, arguments)])
+    return Path(arguments[arguments.index("--output") + 1])
+
+
+def assert_refused(result, output: Path, *parts) -> None:
+    """One sentence, a failure's exit status, and nothing left that could be taken for data."""
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result
+    for part in parts:
+        assert str(part) in result.stderr
+    assert not output.exists() and not list(output.parent.glob(f".{output.name}*"))
+
+
+def assert_raises(*arguments, parts) -> None:
+    """assert_refused without a process of its own."""
+    output = Path(arguments[arguments.index("--output") + 1])
+    with pytest.raises(ValueError) as error:
+        prepare(*arguments)
+    for part in parts:
+        assert str(part) in str(error.value)
+    assert "\n" not in str(error.value) and not output.exists() and not list(output.parent.glob(f".{output.name}*"))
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def solution(answer, words="so") -> str:
+    return f"{THINK}{words}\n</think>\n\n\\boxed{{{answer}}}"
+
+
+def openr1_row(**changes) -> dict:
+    row = {"problem": "1 + 1?", "generations": [solution(3), solution(2), solution(4)], "source": "olympiads",
+           "problem_is_valid": "Yes", "uuid": "u-1",
+           "correctness": {"llama_verification": [False, True, True],
+                           "math_verify_reparsed_answer": [False, True, False]}}
+    return {**row, **changes}
+
+
+def trace_row(**changes) -> dict:
+    return {"id": "t-1", "problem": "1 + 1?", "answer": "2", "source": "own",
+            "generations": [solution(3), solution("\\frac{4}{2}"), solution(2), THINK + "cut off"], **changes}
+
+
+def test_openr1_counts_on_parquet_shards(tmp_path, shared_data):
+    pytest.importorskip("pyarrow", reason="reading parquet needs pyarrow (tests/requirements.txt)")
+    for processes in (1, 2):
+        result = run_command("openr1", "--input", shared_data / "traces", "--output", tmp_path / str(processes),
+                             "--processes", processes)
+        assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "1" / "report.json").read_text())
+    expected = json.loads((shared_data / "traces" / "expected_counts.json").read_text())
+    assert {name: report[name] for name in expected} == expected and report["too_long"] == 0
+    assert list(report)[:10] == OPENR1_COUNTS
+    assert len(read_rows(tmp_path / "1" / "positives.jsonl")) == expected["positives"]
+    assert len(read_rows(tmp_path / "1" / "pairs.jsonl")) == expected["pairs"]
+    for name in ("positives.jsonl", "pairs.jsonl", "report.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_openr1_on_real_jsonl_rows_against_the_rule_written_out(tmp_path, shared_data):
+    prepare("openr1", "--input", shared_data / "traces" / "traces.jsonl", "--output", tmp_path / "out")
+    positives, pairs = [], []
+    for row in read_rows(shared_data / "traces" / "traces.jsonl"):
+        correctness = row["correctness"] or {}
+        llama, math = correctness["llama_verification"], correctness["math_verify_reparsed_answer"]
+        generations = row["generations"]
+        if (row["problem_is_valid"].lower() != "yes" or row["source"] == "cn_k12" or not row["problem"]
+                or not generations or not len(llama) == len(math) == len(generations)):
+            continue
+        good = [text for text, a, b in zip(generations, llama, math) if a and b]
+        bad = [text for text, a, b in zip(generations, llama, math) if not (a and b)]
+        positives += [(row["problem"], good[0])] if good else []
+        pairs += [(row["problem"], good[0], bad[0])] if good and bad else []
+    written = read_rows(tmp_path / "out" / "positives.jsonl")
+    assert [(r["prompt"][0]["content"], r["completion"][0]["content"]) for r in written] == positives
+    written = read_rows(tmp_path / "out" / "pairs.jsonl")
+    assert [(r["prompt"][0]["content"], r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in written] == pairs
+    assert len(pairs) > 50 and written[0]["chosen"][0]["content"].startswith(THINK)
+
+
+def test_openr1_outcome_of_every_kind_of_row(tmp_path):
+    verdicts = openr1_row()["correctness"]
+    same = [solution(2), solution(2), solution(2)]
+    rows = [
+        openr1_row(),
+        openr1_row(problem_is_valid=" YES ", uuid=None), openr1_row(problem_is_valid="Incomplete"),
+        openr1_row(problem_is_valid=None, source="cn_k12"), openr1_row(source="cn_k12", problem=None),
+        openr1_row(problem=None, generations=None), openr1_row(problem=" "), openr1_row(generations=None),
+        openr1_row(generations=[], correctness=None), openr1_row(correctness=None),
+        openr1_row(correctness={**verdicts, "llama_verification": [True, True]}),
+        openr1_row(correctness={**verdicts, "math_verify_reparsed_answer": None}),
+        openr1_row(correctness={**verdicts, "llama_verification": [None, None, True]}),
+        openr1_row(correctness={**verdicts, "llama_verification": [True, True, None]}),  # None is not correct
+        openr1_row(correctness={name: [True] * 3 for name in verdicts}),  # a positive without a pair
+        openr1_row(generations=same),  # a negative equal to the positive teaches nothing
+        openr1_row(generations=["", solution(2), None]),  # no text is neither positive nor negative
+    ]
+    prepare("openr1", "--input", write_rows(tmp_path / "rows.jsonl", rows), "--output", tmp_path / "out")
+    counts = dict(zip(OPENR1_COUNTS, (17, 2, 1, 2, 2, 3, 1, 6, 3, 0)))
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == {**counts, "pairs_written": 3}
+    pairs = read_rows(tmp_path / "out" / "pairs.jsonl")
+    assert pairs[0] == {"prompt": [{"role": "user", "content": "1 + 1?"}],
+                        "chosen": [{"role": "assistant", "content": solution(2)}],
+                        "rejected": [{"role": "assistant", "content": solution(3)}], "id": "u-1", "source": "olympiads"}
+    made_up = read_rows(tmp_path / "out" / "positives.jsonl")[1]["id"]
+    assert made_up == pairs[1]["id"] and len(made_up) == 16
+
+
+def test_pairs_over_the_limits_in_tokens_are_dropped(tmp_path):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "tokenizer", QWEN_TEMPLATE))
+    texts = [openr1_row()["problem"], solution(2), solution(3)]
+    prompt = len(tokenizer.encode_prompt([{"role": "user", "content": texts[0]}]))
+    chosen, rejected = (len(tokenizer.encode_completion(text)) + 1 for text in texts[1:])  # + <|im_end|>
+    rows = write_rows(tmp_path / "rows.jsonl", [
+        openr1_row(), openr1_row(problem=texts[0] + "?"), openr1_row(generations=[texts[2] + "!", *texts[1:]]),
+        openr1_row(generations=[texts[2], texts[1] + "!", texts[2]])])
+    out = tmp_path / "out"
+    prepare("openr1", "--input", rows, "--output", out, "--tokenizer", tokenizer.directory,
+                     "--max-prompt-tokens", prompt, "--max-response-tokens", max(chosen, rejected))
+    report = json.loads((out / "report.json").read_text())
+    assert (report["positives"], report["pairs"], report["too_long"], report["pairs_written"]) == (4, 4, 3, 1)
+    assert len(read_rows(out / "positives.jsonl")) == 4 and len(read_rows(out / "pairs.jsonl")) == 1
+
+
+def test_openr1_220k_layout_and_single_verdicts(tmp_path):
+    row = {"problem": "1 + 1?", "generations": [solution(3), solution(2)], "source": "amc_aime", "uuid": "u",
+           "is_reasoning_complete": [True, True], "correctness_math_verify": [False, True]}
+    rows = [{**row, "correctness_llama": None}, {**row, "correctness_llama": [False, True]},
+            {**row, "correctness_math_verify": None, "correctness_llama": [True, False]}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    counts = {}
+    for verdict in ("both", "either", "math_verify", "llama"):
+        prepare("openr1", "--input", path, "--output", tmp_path / verdict, "--verdict", verdict)
+        report = json.loads((tmp_path / verdict / "report.json").read_text())
+        counts[verdict] = (report["mismatched_verdicts"], report["pairs"])
+    assert counts == {"both": (2, 1), "either": (0, 3), "math_verify": (1, 2), "llama": (1, 2)}
+
+    flattened = {**row, "problem_is_valid": "Yes"}
+    path = write_rows(tmp_path / "flat.jsonl", [flattened])
+    refused = run_command("openr1", "--input", path, "--output", tmp_path / "flat")
+    assert_refused(refused, tmp_path / "flat", f"{path}, line 1", "no column 'correctness_llama'",
+                   "--verdict math_verify")
+    prepare("openr1", "--input", path, "--output", tmp_path / "flat", "--verdict", "math_verify")
+    assert len(read_rows(tmp_path / "flat" / "pairs.jsonl")) == 1
+
+
+def test_traces_get_verdicts_from_the_checker(tmp_path):
+    rows = [trace_row(), trace_row(id="t-2", answer=["7", 2]), trace_row(id="t-3", answer=9), trace_row(answer=None),
+            trace_row(id=None, generations=[solution(2)]), trace_row(answer=2.0)]
+    path = write_rows(tmp_path / "rows.jsonl", rows * 30)  # three chunks
+    result = run_command("traces", "--input", path, "--output", tmp_path / "2", "--processes", 2)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "2" / "report.json").read_text())
+    assert [report[name] for name in ("read", "no_answer", "no_correct", "positives", "pairs")] == [
+        180, 30, 30, 120, 90]
+    pair = read_rows(tmp_path / "2" / "pairs.jsonl")[0]
+    assert pair["chosen"][0]["content"] == solution("\\frac{4}{2}") and pair["id"] == "t-1"
+    assert pair["rejected"][0]["content"] == solution(3)
+    prepare("traces", "--input", path, "--output", tmp_path / "1", "--processes", 1)
+    for file in (tmp_path / "1").iterdir():
+        assert file.read_bytes() == (tmp_path / "2" / file.name).read_bytes()
+
+
+def test_traces_of_one_generation_a_row_are_grouped(tmp_path):
+    rows, grouped = [], collections.defaultdict(list)
+    generator = random.Random(0)
+    for number in range(60):
+        problem = f"{number % 7} + 1?"
+        text = solution(number % 7 + generator.choice((1, 1, 2)), words=f"try {number}")
+        rows.append({"problem": problem, "answer": str(number % 7 + 1), "response": text, "source": "own"})
+        grouped[problem].append(text)
+    prepare("traces", "--input", write_rows(tmp_path / "rows.jsonl", rows), "--output", tmp_path / "out")
+    whole = [{"problem": p, "answer": str(int(p[0]) + 1), "generations": texts, "source": "own"}
+             for p, texts in grouped.items()]
+    prepare("traces", "--input", write_rows(tmp_path / "whole.jsonl", whole), "--output", tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "positives.jsonl", "report.json"]
+    for name in ("pairs.jsonl", "positives.jsonl", "report.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(read_rows(tmp_path / "out" / "positives.jsonl")) == 7
+
+
+def test_which_negatives_and_how_many(tmp_path):
+    wrong = [solution(3, "mm"), solution(4, "m"), THINK + "cut off " * 9, solution(5, "mmmm")]
+    path = write_rows(tmp_path / "rows.jsonl", [trace_row(generations=[wrong[0], solution(2), *wrong[1:], wrong[0]])])
+
+    def rejected(*options):
+        output = tmp_path / "-".join(["out", *map(str, options)])
+        prepare("traces", "--input", path, "--output", output, *options)
+        pairs = read_rows(output / "pairs.jsonl")
+        assert {pair["chosen"][0]["content"] for pair in pairs} == {solution(2)}
+        assert len({pair["id"] for pair in pairs}) == len(pairs)
+        return [wrong.index(pair["rejected"][0]["content"]) for pair in pairs]
+
+    assert rejected() == [0]
+    assert rejected("--pairs-per-problem", 9) == [0, 1, 2, 3]  # the repeated one once
+    assert rejected("--pairs-per-problem", 2, "--negatives", "shortest") == [1, 0]
+    assert rejected("--pairs-per-problem", 2, "--negatives", "longest") == [2, 3]
+    assert rejected("--pairs-per-problem", 2, "--negatives", "longest", "--truncated", "drop") == [3, 0]
+    draws = [rejected("--pairs-per-problem", 4, "--negatives", "random", "--seed", seed) for seed in (0, 1)]
+    assert draws[0] != draws[1] and sorted(draws[0]) == sorted(draws[1]) == [0, 1, 2, 3]
+    assert rejected("--pairs-per-problem", 4, "--negatives", "random", "--seed", 0, "--processes", 1) == draws[0]
+
+
+@pytest.mark.parametrize("template", [None, QWEN_TEMPLATE, THINKING_TEMPLATE])
+def test_prepared_training_text_begins_with_the_evaluation_prompt(tmp_path, template):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "tokenizer", template))
+    path = write_rows(tmp_path / "rows.jsonl", [trace_row()])
+    prepare("traces", "--input", path, "--output", tmp_path / "out", "--prompt-template", "open-r1",
+            "--system-prompt", "Be right.")
+    row = read_rows(tmp_path / "out" / "positives.jsonl")[0]
+    completion = row["completion"][0]["content"]
+    training = tokenizer.encode_prompt(row["prompt"]) + tokenizer.encode_completion(
+        completion, THINK, tokenizer.render_prompt(row["prompt"]))
+    question = [prepare_data.user_message("1 + 1?", "open-r1")]
+    evaluation = tokenizer.encode_prompt(question, system_prompt="Be right.", prefill=THINK)
+    assert training == evaluation + tokenizer.encode(completion.removeprefix(THINK))
+
+
+def test_decontaminate(tmp_path):
+    words = "Let the positive integers n and m satisfy the equation below; find their sum."
+    against = write_rows(tmp_path / "bench.jsonl", [{"id": "b-0", "problem": words, "answer": "1"},
+                                                    {"id": "b-1", "problem": "Compute $\\tan 225^\\circ$.", "answer": "1"}])
+    other = write_rows(tmp_path / "other.jsonl", [{"question": "an entirely different one that has nothing in common"}])
+    problems = ["Unrelated problem.", "LET the POSITIVE integers $n$ and $m$ satisfy\nthe EQUATION: x.",  # 9 words
+                "Let the positive integers n and m behave, then satisfy the equation below.",  # 7 words in a row
+                "compute tan 225 circ", "Compute tan 225 circ again"]
+    rows = [{"prompt": [{"role": "system", "content": words}, {"role": "user", "content": p}],
+             "completion": [{"role": "assistant", "content": "ü " + words}], "id": n} for n, p in enumerate(problems)]
+    first = write_rows(tmp_path / "positives.jsonl", rows)
+    second = write_rows(tmp_path / "problems.jsonl", [{"problem": problems[1]}, {"problem": problems[0]}])
+    out = tmp_path / "out"
+    result = run_command("decontaminate", "--input", first, second, "--against", against, other, "--output", out)
+    assert result.returncode == 0, result.stderr
+    assert read_rows(out / "positives.jsonl") == [rows[0], rows[2], rows[4]]
+    assert read_rows(out / "problems.jsonl") == [{"problem": problems[0]}]
+    report = json.loads((out / "report.json").read_text())
+    assert report["files"]["positives.jsonl"] == {"read": 5, "kept": 3, "dropped": 2,
+                                                  "dropped_by_benchmark": {"bench": 2, "other": 0}}
+    assert report["examples"][0]["ngram"] == "let the positive integers n and m satisfy"
+    assert "3 of 5 rows kept, 2 dropped (bench 2, other 0)" in result.stdout and "bench b-1" in result.stdout
+    prepare("decontaminate", "--input", first, "--against", against, "--output", tmp_path / "7", "--ngram", 7)
+    assert len(read_rows(tmp_path / "7" / "positives.jsonl")) == 2
+    for bad, part in ((first, "no text under 'problem'"), (write_rows(tmp_path / "e.jsonl", []), "no rows")):
+        assert_raises("decontaminate", "--input", first, "--against", bad, "--output", tmp_path / "no",
+                      parts=[bad, part])
+    bad = write_rows(tmp_path / "b.jsonl", [rows[0], {"text": "x"}])
+    assert_raises("decontaminate", "--input", bad, "--against", against, "--output", tmp_path / "no",
+                  parts=[f"{bad}, line 2", "found text"])
+
+
+def test_benchmarks_from_a_mirror_in_the_layout_of_the_hub(tmp_path, shared_data):
+    for name, hub_id, split, size, problem, answer in prepare_data.BENCHMARKS:
+        own = shared_data / "benchmarks" / f"{name.removesuffix('_40')}.jsonl"
+        folder = tmp_path / "mirror" / hub_id / "data"
+        folder.mkdir(parents=True)
+        rows = [{problem: row["problem"], answer: [row["answer"]] if name == "olympiad_bench" else row["answer"],
+                 "url": ""} for row in read_rows(own)[:size]]
+        write_rows(folder / f"{split}-00000-of-00001.jsonl", rows)
+        write_rows(folder / "extra-00000-of-00001.jsonl", [{"x": 1}])
+    out = tmp_path / "out"
+    result = run_command("benchmarks", "--mirror", tmp_path / "mirror", "--output", out)
+    assert result.returncode == 0, result.stderr
+    assert "math500  500 problems from HuggingFaceH4/MATH-500" in result.stdout
+    assert "amc23   83 problems" in result.stdout and "amc23_40   40 problems" in result.stdout
+    for name in ("math500", "aime24", "amc23", "olympiad_bench"):
+        expected = [{key: row[key] for key in ("id", "problem", "answer")}
+                    for row in read_rows(shared_data / "benchmarks" / f"{name}.jsonl")]
+        assert [{**row, "answer": row["answer"].strip()} for row in expected] == read_rows(out / f"{name}.jsonl")
+
+    short = tmp_path / "mirror" / "HuggingFaceH4" / "aime_2024" / "data" / "train-00000-of-00001.jsonl"
+    short.write_text("".join(short.read_text().splitlines(True)[1:]))
+    assert_raises("benchmarks", "--mirror", tmp_path / "mirror", "--output", tmp_path / "no", "--only", "aime24",
+                  parts=["aime_2024: 29 problems where aime24 has 30"])
+
+
+def test_benchmarks_without_a_network(tmp_path):
+    result = run_command("benchmarks", "--output", tmp_path / "out", HF_HOME=str(tmp_path / "hf"))
+    assert_refused(result, tmp_path / "out", "HuggingFaceH4/MATH-500: no such directory, and the Hugging Face hub gave no")
+
+
+def test_benchmarks_read_parquet_and_write_whole_numbers_as_such(tmp_path):
+    pytest.importorskip("pyarrow", reason="reading parquet needs pyarrow (tests/requirements.txt)")
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "mirror" / "AI-MO" / "aimo-validation-amc" / "data"
+    folder.mkdir(parents=True)
+    rows = [{"id": n, "problem": f"{n}?", "answer": n + 0.5 * (n == 3), "url": ""} for n in range(83)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
+    prepare("benchmarks", "--mirror", tmp_path / "mirror", "--output", tmp_path / "out", "--only", "amc23")
+    assert [row["answer"] for row in read_rows(tmp_path / "out" / "amc23.jsonl")][1:5] == ["1", "2", "3.5", "4"]
+
+
+@pytest.mark.parametrize("content, parts", [
+    (b"", ["no rows"]),
+    (b"\n\n", ["no rows"]),
+    (json.dumps(trace_row()).encode() + b'\n{"problem": "\xff"}\n', ["line 2", "UTF-8"]),
+    (b'{"problem": \n', ["line 1", "JSON"]),
+    (b"[1]\n", ["line 1", "found list"]),
+    (b'{"question": "1?", "generations": [], "source": "s"}\n', ["line 1", "no column 'problem'", "found question"]),
+    (json.dumps(trace_row(generations="text")).encode(), ["line 1", "'generations' must be a list", "found str"]),
+    (json.dumps(trace_row(generations=["a", 1])).encode(), ["line 1", "'generations'[1] must be a string", "found int"]),
+    (json.dumps(trace_row(problem=["a"])).encode(), ["line 1", "'problem' must be a string"]),
+    (json.dumps(trace_row(generations=[solution(2, "\ud83d")])).encode(), ["line 1", "UTF-8 cannot hold"]),
+])
+def test_bad_rows_are_named_and_leave_nothing(tmp_path, content, parts):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    for command in ("traces", "openr1"):
+        if command == "openr1":
+            verdicts = b'{"llama_verification": [true], "math_verify_reparsed_answer": [true]}'
+            path.write_bytes(content.replace(b'"answer"', b'"problem_is_valid": "yes", "correctness": ' + verdicts
+                                             + b', "answer"'))
+        assert_raises(command, "--input", path, "--output", tmp_path / "out", parts=[path, *parts])
+
+
+@pytest.mark.parametrize("row, parts", [
+    (openr1_row(correctness="yes"), ["'correctness' must be a struct", "found str"]),
+    (openr1_row(correctness={"math_verify_reparsed_answer": [True] * 3}),
+     ["no column 'llama_verification'", "--verdict math_verify"]),
+    (openr1_row(correctness={"llama_verification": ["no"] * 3, "math_verify_reparsed_answer": [True] * 3}),
+     ["a verdict must be true, false or null, found 'no'"]),
+    ({key: value for key, value in openr1_row().items() if key != "correctness"},
+     ["no verdicts", "'correctness_llama'", "prepare_data.py traces"]),
+    ({key: value for key, value in openr1_row().items() if key != "problem_is_valid"}, ["no column 'problem_is_valid'"]),
+    (openr1_row(correctness=None), ["no positive in 2 rows", "mismatched_verdicts 2"]),
+])
+def test_openr1_rows_of_another_layout(tmp_path, row, parts):
+    path = write_rows(tmp_path / "rows.jsonl", [row, row])
+    assert_raises("openr1", "--input", path, "--output", tmp_path / "out", parts=[path, *parts])
+
+
+def test_inputs_that_are_not_there(tmp_path):
+    out = tmp_path / "out"
+    result = run_command("openr1", "--input", "nobody/no-such-data", "--output", out, HF_HOME=str(tmp_path / "hf"))
+    assert_refused(result, out, "nobody/no-such-data: no such directory, and the Hugging Face hub gave no dataset")
+    (tmp_path / "empty").mkdir()
+    assert_raises("openr1", "--input", tmp_path / "empty", "--output", out, parts=["no .parquet or .jsonl file"])
+    (tmp_path / "rows.csv").write_text("a,b")
+    assert_raises("openr1", "--input", tmp_path / "rows.csv", "--output", out, parts=["expected a .parquet or"])
+    rows = write_rows(tmp_path / "rows.jsonl", [openr1_row()])
+    assert_raises("openr1", "--input", rows, "--output", out, "--tokenizer", tmp_path / "empty",
+                  parts=["no tokenizer.json"])
+
+
+def test_broken_parquet(tmp_path):
+    pytest.importorskip("pyarrow", reason="reading parquet needs pyarrow (tests/requirements.txt)")
+    import pyarrow
+    import pyarrow.parquet
+
+    def refused(path, *parts):
+        assert_raises("openr1", "--input", path, "--output", tmp_path / "out", parts=parts)
+
+    table = pyarrow.Table.from_pylist([openr1_row()] * 300)
+    for name, damage in (("truncated", lambda data: data[:len(data) // 2]),
+                         ("empty", lambda data: b""), ("text", lambda data: b"problem,answer")):
+        folder = tmp_path / name
+        folder.mkdir()
+        pyarrow.parquet.write_table(table, folder / "0.parquet")
+        (folder / "1.parquet").write_bytes(damage((folder / "0.parquet").read_bytes()))
+        refused(folder, folder / "1.parquet", "not a whole parquet file")
+    data = (tmp_path / "truncated" / "0.parquet").read_bytes()
+    (tmp_path / "damaged.parquet").write_bytes(data[:20] + bytes(400) + data[420:])
+    refused(tmp_path / "damaged.parquet", "damaged.parquet: a damaged parquet file")
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "none.parquet")
+    refused(tmp_path / "none.parquet", "none.parquet: no rows")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "other.parquet")
+    refused(tmp_path / "other.parquet", "other.parquet: no column that is known here (found text)")
+    names = ["question" if name == "problem" else name for name in table.column_names]
+    pyarrow.parquet.write_table(table.rename_columns(names), tmp_path / "renamed.parquet")
+    refused(tmp_path / "renamed.parquet", "renamed.parquet, row 1: no column 'problem'")
+    offsets, bytes_ = pyarrow.py_buffer((0).to_bytes(4, "little") + (2).to_bytes(4, "little")), pyarrow.py_buffer(b"\xff.")
+    not_text = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, bytes_])
+    columns = {**{name: table.column(name).chunk(0).slice(0, 1) for name in table.column_names}, "problem": not_text}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "latin.parquet")
+    refused(tmp_path / "latin.parquet", "latin.parquet: a damaged parquet file, or text that is not UTF-8")
+
+
+def test_hint_when_pyarrow_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    assert_raises("openr1", "--input", tmp_path / "rows.parquet", "--output", tmp_path / "out",
+                  parts=["rows.parquet: reading parquet needs pyarrow (pip install pyarrow)"])
+
+
+def test_existing_output_is_kept_unless_asked_for(tmp_path):
+    out, first = tmp_path / "out", write_rows(tmp_path / "rows.jsonl", [trace_row()])
+    second = write_rows(tmp_path / "more.jsonl", [trace_row(id="new")])
+    out.mkdir()
+    prepare("traces", "--input", first, "--output", out)  # an empty directory is as good as none
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert sorted(before) == ["pairs.jsonl", "positives.jsonl", "report.json"]
+    with pytest.raises(ValueError, match="already holds pairs.jsonl: .*--overwrite"):
+        prepare("traces", "--input", second, "--output", out)
+    with pytest.raises(ValueError, match="no column"):
+        prepare("traces", "--input", write_rows(tmp_path / "bad.jsonl", [{}]), "--output", out, "--overwrite")
+    assert before == {file.name: file.read_bytes() for file in out.iterdir()}
+    prepare("traces", "--input", second, "--output", out, "--overwrite")
+    assert read_rows(out / "positives.jsonl")[0]["id"] == "new"
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds thesis.tex, which this command does not write"):
+        prepare("traces", "--input", first, "--output", out, "--overwrite")
+    assert (out / "thesis.tex").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_disk_full(tmp_path):
+    """A limit on the size of files stands in for the full disk: both come as an OSError from a write."""
+    path = write_rows(tmp_path / "rows.jsonl", [trace_row(problem=f"{n} " * 50) for n in range(500)])
+    result = run_command("traces", "--input", path, "--output", tmp_path / "out", limit_bytes=100_000)
+    assert_refused(result, tmp_path / "out", "File too large; nothing was written")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_leaves_no_output_and_no_process(tmp_path, stop):
+    fifo, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    os.mkfifo(fifo)
+    command = [sys.executable, ROOT / "prepare_data.py", "traces", "--input", fifo, "--output", out, "--processes", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    partial = tmp_path / ".out.partial"
+    while not partial.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    with open(fifo, "w") as file:  # never closed while the run lives: it waits for more rows
+        for number in range(400):
+            file.write(json.dumps(trace_row(id=str(number))) + "\n")
+        file.flush()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(children.read_text().split()) < 3:  # two workers, one resource tracker
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        workers = children.read_text().split()
+        with pytest.raises(ValueError, match="another run is writing"):
+            prepare("traces", "--input", write_rows(tmp_path / "b.jsonl", [trace_row()]), "--output", out)
+        process.send_signal(stop)
+        process.wait(30)
+    assert process.returncode != 0 and not out.exists()
+    assert partial.exists() == (stop == signal.SIGKILL)
+    while any(Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+              for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    rows = write_rows(tmp_path / "again.jsonl", [trace_row()])
+    prepare("traces", "--input", rows, "--output", out)
+    assert len(read_rows(out / "positives.jsonl")) == 1 and not partial.exists()
+
+
+def test_few_chunks_are_held_at_a_time():
+    taken = []
+
+    def chunks():
+        for number in range(50):
+            taken.append(number)
+            yield number
+
+    results = prepare_data.in_parallel(pow, 2, chunks(), processes=2)  # pow(2, chunk)
+    for number, result in enumerate(results):
+        assert result == 2 ** number and len(taken) <= number + 6
+    rows = [("place", {"generations": ["x" * 100_000, None]})] * 100 + [("place", {"generations": None})] * 100
+    sizes = [len(chunk) for chunk in prepare_data.in_chunks(iter(rows))]
+    assert sum(sizes) == 200 and max(sizes) == 64 and sizes[0] == 11
