@@ -1,0 +1,179 @@
+"""--plan against the run that it foretells. Memory is checked where a GPU is; elsewhere, how it adds up."""
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from redi import plan
+from redi.model import CausalLM, ModelConfig
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+# Qwen2.5-Math-1.5B
+QWEN_1_5B = {
+    "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
+    "rope_theta": 300000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+}
+
+
+def run(folder: Path, *arguments: str, check=True) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=check)
+
+
+def planned(folder: Path, *arguments: str) -> str:
+    """What --plan prints; in this process, which saves the time to import torch."""
+    out = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out):
+        train.main([*arguments, "--output", "none", "--plan"])
+    return out.getvalue()
+
+
+def figure(text: str, pattern: str) -> str:
+    return re.search(pattern, text).group(1).replace(",", "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("plan")
+    tiny.write_model(path / "model")
+    tiny.write_rows(path, examples=23)
+    return path
+
+
+@pytest.mark.parametrize("method, file, batch_size", [("redi", "pairs.jsonl", 5), ("sft", "positives.jsonl", 8)])
+def test_steps_and_tokens_are_those_of_a_real_run(folder, method, file, batch_size):
+    """Without the weights, which are not read; with rows left out, and a last step that is smaller."""
+    settings = [method, "--data", file, "--batch-size", str(batch_size), "--epochs", "2", "--micro-batch-tokens", "300",
+                "--max-response-tokens", "60", "--max-tokens", "80", "--seed", "3"]
+    run(folder, *settings, "--model", "model", "--output", method)
+    rows = [json.loads(line) for line in (folder / method / "metrics.jsonl").read_text().splitlines()]
+
+    weightless = folder / "weightless"
+    weightless.mkdir(exist_ok=True)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (weightless / name).write_bytes((folder / "model" / name).read_bytes())
+    text = planned(folder, *settings, "--model", "weightless")
+    assert not (folder / "none").exists()
+    tokens = [row["tokens"] for row in rows]
+    assert int(figure(text, r"steps +([\d,]+) of")) == len(rows)
+    assert int(figure(text, r"tokens +([\d,]+);")) == sum(tokens)
+    assert int(figure(text, r"a step ([\d,]+) to")) == min(tokens)
+    assert int(figure(text, r" to ([\d,]+),")) == max(tokens)
+    assert "(0 too long" not in text and "2 epochs" in text and "fits: " in text
+
+
+def test_more_ranks_share_the_work(folder):
+    settings = ["redi", "--model", "model", "--data", "pairs.jsonl", "--batch-size", "8", "--micro-batch-tokens", "400"]
+    one, four = (planned(folder, *settings, "--world-size", ranks) for ranks in ("1", "4"))
+    for pattern in (r"tokens +([\d,]+);", r"arithmetic +(\S+)", r"longest +(.*)"):
+        assert figure(one, pattern) == figure(four, pattern)
+    assert float(figure(four, r"micro-batches +(\S+)")) < float(figure(one, r"micro-batches +(\S+)"))
+    assert "is busy 100.0% of it" in one
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_matrix_products_counted_by_torch(recompute, tied):
+    config = ModelConfig.from_dict({**tiny.QWEN2, "vocab_size": 123, "tie_word_embeddings": tied})
+    model = CausalLM(config, gradient_checkpointing=recompute)
+    tiny.randomize(model, 0)
+    length, answer = 47, 30
+    labels = torch.full((length,), -100)
+    labels[-answer:] = 5
+    with FlopCounterMode(display=False) as counter:
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+        model(torch.arange(length), torch.arange(length), cu_seqlens, length, labels).sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    attention = 2 * 3 * 6 * 8 * length**2 * (4 if recompute else 3)  # layers, heads, head size
+    foretold = plan.training_flops(config, np.array([length]), np.array([answer]), recompute)[0]
+    head_gradient = 2 * 123 * 48 * answer  # accumulated by addmm_, which the counter does not know
+    assert foretold - attention == counted + head_gradient
+
+
+def test_arithmetic_of_the_papers_model():
+    """Against facts worked out by hand: 1310.2M + 233.4M parameters in products, 86,016 FLOPs a token and context."""
+    config = ModelConfig.from_dict(QWEN_1_5B)
+    size = np.array([5500.0])
+    per_token = plan.training_flops(config, size, 0 * size, recompute=False)[0] / 5500
+    assert per_token == pytest.approx(3 * (2 * 1310.2e6 + 86016 * 5500), rel=1e-4)
+    head = (plan.training_flops(config, size, size, False) - plan.training_flops(config, size, 0 * size, False))[0]
+    assert head / 5500 == pytest.approx(8 * 233.4e6, rel=2e-4)
+    assert plan.forward_flops(config, size, size)[0] / 5500 == pytest.approx(2 * 1543.6e6 + 86016 * 5500, rel=1e-4)
+
+
+def test_memory_of_the_papers_model_adds_up():
+    config = ModelConfig.from_dict(QWEN_1_5B)
+    one, eight = (plan.peak_memory(config, 40960, ranks, 2, recompute=True) for ranks in (1, 8))
+    sharded = ["master weights (fp32)", "gradients (fp32)", "AdamW moments (fp32)"]
+    # 16 bytes of each of 1543.7M parameters
+    assert sum(one["loss"][name] for name in sharded) == pytest.approx(16 * 1543.7e6, rel=1e-4)
+    for moment in one:
+        for name in one[moment]:
+            shares = 8 if name in sharded or name.startswith("AdamW") else 1
+            assert one[moment][name] == pytest.approx(shares * eight[moment][name])
+    kept = plan.peak_memory(config, 40960, 8, 2, recompute=False)
+    assert kept["loss"]["kept activations"] > 20 * eight["loss"]["kept activations"]
+    # Logits of at most 2048 tokens are there, whatever the response's length.
+    assert plan.peak_memory(config, 4096, 8, 2, True)["loss"]["logits chunk"] == eight["loss"]["logits chunk"]
+
+
+def test_what_does_not_fit_is_named_with_what_would(folder):
+    """A larger model's config is enough: no weights stand behind it."""
+    config = json.loads((folder / "model" / "config.json").read_text())
+    wide = folder / "wide"
+    wide.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (wide / name).write_bytes((folder / "model" / name).read_bytes())
+    del config["rope_parameters"]
+    (wide / "config.json").write_text(json.dumps({**config, **QWEN_1_5B, "num_hidden_layers": 80, "head_dim": 128}))
+
+    def verdict(*more: str) -> str:
+        text = planned(folder, "redi", "--model", "wide", "--data", "pairs.jsonl", *more)
+        return text.splitlines()[-1]
+
+    assert verdict("--memory-gib", "20").startswith("does not fit: ")
+    assert "weights, gradients and moments alone take " in verdict("--memory-gib", "20")
+    assert verdict("--memory-gib", "80", "--world-size", "8").startswith("fits: ")
+    text = verdict("--memory-gib", "12", "--world-size", "8", "--no-gradient-checkpointing")
+    limit = figure(text, r"--micro-batch-tokens (\d+) would$")
+    assert verdict("--memory-gib", "12", "--world-size", "8", "--no-gradient-checkpointing", "--micro-batch-tokens",
+                   limit).startswith("fits: ")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--utilization", "0"], "--utilization is 0.0; it must be above 0"),
+    (["--world-size", "0"], "--world-size is 0; it must be above 0"),
+    (["--memory-gib", "-1"], "--memory-gib is -1.0; it must be above 0"),
+])
+def test_bad_settings(folder, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        planned(folder, "redi", "--model", "model", "--data", "pairs.jsonl", *arguments)
+
+
+def test_the_command(folder):
+    settings = ["redi", "--model", "model", "--data", "pairs.jsonl", "--output", "none", "--plan"]
+    text = run(folder, *settings).stdout
+    assert "fits: " in text and "GiB a GPU" in text and not (folder / "none").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="peak memory can be foretold only for a GPU")
+def test_peak_memory_within_15_percent_on_a_gpu(folder):
+    sized = {**QWEN_1_5B, "num_hidden_layers": 8, "max_position_embeddings": 512}
+    tiny.write_model(folder / "large", **{key: sized[key] for key in sized if key != "model_type"})
+    settings = ["redi", "--model", "large", "--data", "pairs.jsonl", "--batch-size", "23", "--steps", "3"]
+    text = run(folder, *settings, "--output", "none", "--plan").stdout
+    run(folder, *settings, "--output", "large-run")
+    rows = [json.loads(line) for line in (folder / "large-run" / "metrics.jsonl").read_text().splitlines()]
+    assert float(figure(text, r"fit[^:]*: (\S+) of")) == pytest.approx(rows[-1]["peak_memory_gib"], rel=0.15)
