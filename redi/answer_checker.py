@@ -153,7 +153,7 @@ def clean(text):
 NUMBER = r"(?P<n>(?:\d[\dA-F]*[A-F][\dA-F]*(?=_\{?1[1-6])|\d*\.\d*\\(?:overline|bar|dot)\s*\{\d+\}|\d+(?:\.\d+)?|\.\d+)%s)"
 REST = r"|(?P<c>\\[A-Za-z]+|\\.)|(?P<w>[A-Za-z]+)|(?P<o><=|>=|!=|==|:=|\*\*|->|\.\.\.|\S)"
 TOKEN = re.compile(NUMBER % "" + REST)
-TOKEN_SCIENTIFIC = re.compile(NUMBER % r"(?:[eE](?:-?\d+|\+\d\d+)(?![\d.]))?" + REST)
+TOKEN_SCIENTIFIC = re.compile(NUMBER % r"(?:[eE](?:-?\d+|\+\d\d+)(?!\d|\.\d))?" + REST)
 GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 FUNCTION_SPLIT = re.compile("|".join(sorted(FUNCTIONS, key=len, reverse=True)) + "|pi|.")
 
@@ -168,7 +168,8 @@ def letters(word, before, after):
         return [("c", name)]
     if low == "in" and after in ("[", "(", "{", "\\"):
         return [("o", "in")]
-    if low in WORDS and (len(word) > 2 or word == low and (before.isspace() or before.isdigit() or not before)):
+    unit = before.isdigit() or before == "}"
+    if low in WORDS and (len(word) > 2 or (word == low and unit if low in UNITS else not after or after.isalnum())):
         return [("t", low)]
     pieces = FUNCTION_SPLIT.findall(word)
     singles = sum(len(p) == 1 for p in pieces)
@@ -216,7 +217,7 @@ def tokenize(text, scientific):
                 unit = len(value) == 1 and value in "msghNJWVKL"
                 found = [("t" if unit else "v" if len(value) == 1 else "c", value)]
             else:
-                found = letters(value, text[max(0, match.start() - 1):match.start()], text[end:end + 9].lstrip()[:1])
+                found = letters(value, text[max(0, match.start() - 9):match.start()].rstrip(" ~\\,")[-1:], text[end:end + 9].lstrip()[:1])
             tokens += [(k, v, space and i == 0) for i, (k, v) in enumerate(found)]
         elif kind == "c" and value[0] == "\\":
             name = ALIASES.get(value[1:], value[1:])
@@ -414,9 +415,10 @@ class Parser:
                     right = ("mul", right, self.factor())  # t/RC
                 if sign == "-":
                     right = negative(right)
-                if value == "/" and node[0] == right[0] == "num" and previous[2] and self.peek(-4)[0] == "n":
-                    pass
-                node = ("div", node, right) if value == "/" else scale(node, right)
+                if value == "*":
+                    node = scale(node, right)
+                else:
+                    node = scale(node, ("div", num(1), right)) if node[0] in COMPOUND else ("div", node, right)
                 continue
             if value in ("pmod", "bmod", "mod") and kind == "c":
                 start = self.i + 1
@@ -471,7 +473,8 @@ class Parser:
                 words.append(value)
             elif value == "^" and words:
                 self.i += 1
-                words.append("^" + str(self.script()[-1]))
+                exponent = self.script()
+                words.append("^%s" % (exponent[1] if exponent[0] == "num" else "?"))
                 continue
             elif not (kind == "o" and value in ("/", "*", ".") and self.peek(1)[0] == "t"):
                 break
@@ -881,13 +884,18 @@ def bracket(node, opener, closer):
     return ("interval", *items, opener + closer)
 
 
+COMPOUND = {"matrix", "tuple", "row", "rel", "list", "set", "interval", "family", "cup", "cap", "setminus"}
+
+
 def scale(left, right):
     """A product; a number times a matrix or a tuple goes into its entries."""
+    if left[0] in COMPOUND and right[0] in COMPOUND:
+        raise Unreadable("a product of a %s and a %s" % (left[0], right[0]))
     for a, b in ((left, right), (right, left)):
-        if b[0] in ("matrix", "tuple", "row") and a[0] not in ("matrix", "tuple", "row", "unit", "text"):
+        if b[0] in ("matrix", "tuple", "row"):
             return (b[0], *(scale(a, c) for c in b[1:]))
-    if right[0] in ("rel", "list", "set", "interval") or left[0] in ("rel", "list", "set", "interval"):
-        raise Unreadable("a product with a %s" % (right[0]))
+        if b[0] in COMPOUND:
+            raise Unreadable("a product with a %s" % b[0])
     return ("mul", left, right)
 
 
@@ -1402,13 +1410,13 @@ class Comparison:
         return node
 
     def same_quantity(self, a, b):
-        units = [UNITS.get(singular(n[2])) if n[0] == "unit" else None for n in (a, b)]
+        units = [measure(n[2]) if n[0] == "unit" else None for n in (a, b)]
         if a[0] == b[0] == "unit" and a[2] != b[2] and a[2][:4] == b[2][:4] == "mod ":
             return False
         if all(units) and units[0][0] == units[1][0] and units[0] != units[1]:
-            if units[0][0] == "clock":
+            if units[0][0] == "clock^1":
                 return False
-            return self.equal(scale(num(units[0][1]), a[1]), scale(num(units[1][1]), b[1]))
+            return self.equal(*(scale(num(u[1]), n[1]) for u, n in zip(units, (a, b))))
         if a[0] != "unit" and b[0] == "unit":
             a, b = b, a
         return self.equal(a[1], b[1] if b[0] == "unit" else b)
@@ -1649,6 +1657,16 @@ def infinite(node):
 def singular(unit):
     unit = unit.strip(". ")
     return unit[:-1] if unit not in UNITS and unit.endswith("s") else unit
+
+
+def measure(name):
+    """(dimension, size) of a known unit, also squared and cubed: 'square cm', 'cm ^2'."""
+    match = re.fullmatch(r"(?:(square|sq|cubic) )?(\S+?)(?: \^([23]))?", name)
+    if not match or singular(match[2]) not in UNITS:
+        return None
+    power = int(match[3] or {None: 1, "cubic": 3}.get(match[1], 2))
+    dimension, size = UNITS[singular(match[2])]
+    return "%s^%d" % (dimension, power), Fraction(size)**power
 
 
 def flip(ops):
