@@ -45,8 +45,6 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
                 continue
             try:
                 row = json.loads(line)
-                if b"\\ud" in line.lower():  # an escape may name half a character, which UTF-8 cannot hold
-                    json.dumps(row, ensure_ascii=False).encode()
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not valid JSON in UTF-8: {error}") from None
             if not isinstance(row, dict):
@@ -263,7 +261,16 @@ def _tokenize(path: Path, tokenizer: Tokenizer, settings: TokenSettings, cache: 
         end += tokenizer.encode("\n") + [tokenizer.end_of_text_id]
     stream = read_examples(path, settings.pairs)
     while examples := list(islice(stream, 256)):
-        for example, (prompt, *completions) in zip(examples, _encode(examples, tokenizer, settings)):
+        try:
+            encoded = _encode(examples, tokenizer, settings)
+        except ValueError:
+            for example in examples:  # one by one, to tell which: text that is no UTF-8, a role the template refuses
+                try:
+                    _encode([example], tokenizer, settings)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {example.line}: {error}") from None
+            raise
+        for example, (prompt, *completions) in zip(examples, encoded):
             completions = [ids + end for ids in completions]
             if not prompt or min(map(len, completions)) == len(end):
                 raise ValueError(f"{path}, line {example.line}: the prompt or a completion has no tokens")
@@ -303,7 +310,7 @@ def _tokenize(path: Path, tokenizer: Tokenizer, settings: TokenSettings, cache: 
         partial.unlink(missing_ok=True)
 
 
-def _encode(examples: list[Example], tokenizer: Tokenizer, settings: TokenSettings) -> Iterator[list[list[int]]]:
+def _encode(examples: list[Example], tokenizer: Tokenizer, settings: TokenSettings) -> list[list[list[int]]]:
     """[prompt ids, completion ids, …] of each example, without the end of turn.
 
     A plain-text prompt is continued as it stands; a conversation goes through the chat template.
@@ -317,7 +324,7 @@ def _encode(examples: list[Example], tokenizer: Tokenizer, settings: TokenSettin
     columns = [tokenizer.encode_batch(prompts)]
     for texts in zip(*(example.completions for example in examples)):
         columns.append(tokenizer.encode_completions(list(texts), settings.prefill, prompts))
-    return map(list, zip(*columns))
+    return list(map(list, zip(*columns)))
 
 
 def text_digest(text: str) -> str:
