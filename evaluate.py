@@ -189,7 +189,7 @@ def draw(model: Model, todo: list, requests: list[Request], args, device: torch.
     stop_ids = set(model.tokenizer.stop_ids)
     rows = args.rows or (64 if device.type == "cuda" else 16)
     samples = generate(weights, requests, stop_ids, args.temperature, args.top_p, rows)
-    progress = tqdm(samples, model.name, len(requests), unit="sample", disable=rank != 0, smoothing=0)
+    progress = tqdm(samples, model.name, len(requests), unit="sample", disable=rank != 0 or None, smoothing=0)
     for index, ids, finish_reason in progress:
         benchmark, id, sample = todo[index]
         text_ids = ids[:-1] if finish_reason == "stop" else ids

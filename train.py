@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from redi import checkpoint, data, distributed, monitor, plan
@@ -68,7 +67,7 @@ def train(args: argparse.Namespace) -> None:
     describe(args, model, dataset, total_steps, state["step"], device)
 
     batches = prefetch(range(state["step"], total_steps), lambda step: make_batch(args, model, dataset, step))
-    bar = tqdm(batches, args.method, total_steps, initial=state["step"], disable=not is_shown(), unit="step")
+    bar = tqdm(batches, args.method, total_steps, initial=state["step"], disable=hide_bar(), unit="step")
     started = time.perf_counter()
     for step, (epoch, rows, micro_batches) in bar:
         lr = set_lr(args, optimizer, step, total_steps)
@@ -84,7 +83,7 @@ def train(args: argparse.Namespace) -> None:
             (loss * distributed.world_size()).backward()  # FSDP averages gradients over ranks
             sums += micro.weight * monitored(args, loss, logps, lengths)
 
-        grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm).full_tensor()
+        grad_norm = distributed.clip_grad_norm(model, args.max_grad_norm)
         # The one wait for the device in a step: all that the host wants to know, at once.
         values = host_values(sums, update_norm_squared(optimizer), grad_norm, stopping=bool(stop))
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
@@ -354,13 +353,13 @@ def completion_logps(args, model, dataset, device, title: str) -> torch.Tensor:
     """log π of each example's completions under the current weights, (examples, k) fp32, on every rank."""
     logps = torch.zeros(len(dataset), dataset.sequences_per_example, device=device)
     blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // args.batch_size))
-    for rows in tqdm(blocks, title, disable=not is_shown(), unit="batch", leave=False):
+    for rows in tqdm(blocks, title, disable=hide_bar(), unit="batch", leave=False):
         for micro in micro_batches(args, model.config, dataset, rows):
             micro = micro.to(device)
             sums, _ = sequence_logps(model(*micro.model_inputs()), micro.labels, micro.cu_seqlens)
             if micro.weight:
                 logps[micro.rows] = torch.stack(sums.chunk(dataset.sequences_per_example), 1)
-    model.reshard()  # after a forward without backward the root's parameters are still gathered
+    distributed.reshard(model)
     return distributed.sum_over_ranks(logps)
 
 
@@ -461,12 +460,13 @@ def describe(args, model, dataset, total_steps, step, device) -> None:
         f"{distributed.world_size()} x {device.type}, {args.dtype}")
 
 
-def is_shown() -> bool:
-    return distributed.rank() == 0
+def hide_bar() -> bool | None:
+    """For tqdm's `disable`: one rank shows a bar, and only on a terminal."""
+    return None if distributed.rank() == 0 else True
 
 
 def say(text: str) -> None:
-    if is_shown():
+    if distributed.rank() == 0:
         tqdm.write(text)
 
 
