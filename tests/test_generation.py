@@ -1,6 +1,7 @@
 import itertools
 import math
 import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -189,17 +190,19 @@ def nucleus_by_sorting(probs, top_p):
 def test_kept_set_is_that_of_the_sorted_definition(top_p, scale):
     logits = torch.randn(3, 997, generator=torch.Generator().manual_seed(0)) * scale
     probs = torch.softmax(logits, -1)
+    padded = torch.nn.functional.pad(probs, (0, 27))
     limits = top_p * probs.sum(-1, keepdim=True, dtype=torch.float64)
     for i in range(3):
         expected = nucleus_by_sorting(probs[i].double() / probs[i].double().sum(), top_p)
         tokens = torch.arange(997)[:, None]
-        kept = in_nucleus(probs[i].expand(997, -1), tokens, limits[i].expand(997, 1))
+        kept = in_nucleus(padded[i].expand(997, -1), tokens, limits[i].expand(997, 1))
         differing = set(kept[:, 0].nonzero()[:, 0].tolist()) ^ expected
         assert sum(float(probs[i, token]) for token in differing) <= 1e-6
 
 
 def test_ties_at_the_border_are_kept_together():
-    probs = torch.tensor([[0.4, 0.2, 0.2, 0.2]])
+    probs = torch.zeros(1, 128)
+    probs[0, :4] = torch.tensor([0.4, 0.2, 0.2, 0.2])
     kept = [bool(in_nucleus(probs, torch.tensor([[i]]), torch.tensor([[0.5]]))) for i in range(4)]
     assert kept == [True] * 4
     kept = [bool(in_nucleus(probs, torch.tensor([[i]]), torch.tensor([[0.4]]).double())) for i in range(4)]
@@ -220,6 +223,26 @@ def test_frequencies_are_those_of_the_truncated_distribution(top_p):
     assert found[expected == 0].sum() == 0
     error = (expected * (1 - expected) / n).sqrt()
     assert ((found - expected).abs() <= 4.5 * error).all()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 127, 128, 1000])
+def test_drawing_is_the_inverse_of_the_distribution_function(vocab_size):
+    """The token in whose share of [0, total) the number falls, in the vocabulary's order, by exact fractions; also
+    with tokens of no weight at either end of a block."""
+    rng = random.Random(0)
+    weights = [rng.choice((0, 1, 2, 3, 50)) for _ in range(vocab_size - 1)] + [1]
+    if vocab_size == 1000:
+        weights[100:300] = [0] * 200
+    total = sum(weights)
+    numbers = [i / 2**20 for i in (0, 2**20 - 1)] + [rng.random() for _ in range(300)]
+    expected = []
+    for number in numbers:
+        sums = itertools.accumulate(weights)
+        expected.append(next(i for i, value in enumerate(sums) if value > Fraction(number) * total))
+    padded = torch.tensor(weights + [0] * (-vocab_size % 128), dtype=torch.float32).expand(len(numbers), -1).contiguous()
+    noise = torch.tensor(numbers, dtype=torch.float64)[:, None]
+    assert generation._draw(padded, noise)[:, 0].tolist() == expected
+    assert all(weights[token] for token in generation._draw(padded / 3.7, noise)[:, 0].tolist())
 
 
 def test_sampling_draws_by_temperature_first():
