@@ -55,7 +55,7 @@ def train(args: argparse.Namespace) -> None:
     model = build_model(args, directory, tokenizer, device)
     dataset = load_data(args, args.data, tokenizer, model.config.max_position_embeddings)
     eval_dataset = args.eval_data and load_data(args, args.eval_data, tokenizer, model.config.max_position_embeddings)
-    claim_output(args)  # nothing is written, or overwritten, before the inputs are known to be good
+    claim_output(args, dataset)  # nothing is written, or overwritten, before the inputs are known to be good
     reference = reference_logps(args, model, dataset, directory, device) if args.method == "dpo" else None
     optimizer = build_optimizer(args, model)
     total_steps = count_steps(args, dataset)
@@ -382,8 +382,10 @@ def is_finished(args) -> bool:
             raise ValueError(
                 f"{args.output} holds another run ({ours[0].name}): --resume continues it, --overwrite replaces it"
             )
+        if args.overwrite and any(Path(args.model).resolve().is_relative_to(path.resolve()) for path in ours):
+            raise ValueError(f"{args.model} is part of the run that --overwrite would replace; choose another --output")
         if args.resume and record.is_file():
-            settings = json.loads(record.read_text())["settings"]
+            settings = read_record(record)["settings"]
             for key in SETTINGS:
                 if settings.get(key) != str(getattr(args, key)):
                     raise ValueError(
@@ -395,17 +397,30 @@ def is_finished(args) -> bool:
     return distributed.gather(distributed.run_where(distributed.rank() == 0, check))[0]
 
 
-def claim_output(args) -> None:
+def read_record(path: Path) -> dict:
+    """run.json: {"settings": what the run was begun with, as strings, "data_digest": that of its token ids}."""
+    try:
+        record = json.loads(path.read_text())
+        return {"settings": dict(record["settings"]), "data_digest": str(record["data_digest"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); --overwrite begins anew") from None
+
+
+def claim_output(args, dataset: data.Dataset) -> None:
     """Make the output directory this run's, and write down its settings."""
 
     def claim() -> None:
+        record = args.output / "run.json"
+        if args.resume and record.is_file() and read_record(record)["data_digest"] != dataset.digest:
+            raise ValueError(f"{args.data} or the tokenizer has changed since the run in {args.output} was begun")
         args.output.mkdir(parents=True, exist_ok=True)
         if args.overwrite:
             for path in run_files(args.output):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         checkpoint.remove_leftovers(args.output)
-        with data.write_atomically(args.output / "run.json") as file:
-            json.dump({"settings": {key: str(getattr(args, key)) for key in SETTINGS}}, file, indent=2)
+        with data.write_atomically(record) as file:
+            settings = {key: str(getattr(args, key)) for key in SETTINGS}
+            json.dump({"settings": settings, "data_digest": dataset.digest}, file, indent=2)
 
     distributed.run_where(distributed.rank() == 0, claim)
 
@@ -424,11 +439,13 @@ def save(args, model, optimizer, tokenizer, state: dict) -> None:
     Where it cannot be written, say so and train on; the next one is tried again.
     """
     try:
-        checkpoint.save_checkpoint(args.output, model, optimizer, tokenizer, state, DTYPES[args.dtype])
+        saved = checkpoint.save_checkpoint(args.output, model, optimizer, tokenizer, state, DTYPES[args.dtype])
     except OSError as error:
         return say(f"checkpoint of step {state['step']} not saved, going on without it: {error}")
     if distributed.rank() == 0 and args.keep_checkpoints:
-        for path in checkpoint.checkpoints(args.output)[: -args.keep_checkpoints]:
+        # One newer than this was damaged, and passed over at --resume: it does not count.
+        good = [path for path in checkpoint.checkpoints(args.output) if path <= saved]
+        for path in good[: -args.keep_checkpoints]:
             if path.name != checkpoint.step_name(state["best_step"]):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -529,7 +546,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() or args.plan else "float32")
     args.prefill = args.prefill.replace("\\n", "\n")
     # torchrun --max-restarts started this worker again: go on where its predecessor was.
-    args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        args.resume, args.overwrite = True, False
     check_args(args)
     return args
 
@@ -537,11 +555,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def check_args(args) -> None:
     positive = ("batch_size", "micro_batch_tokens", "max_prompt_tokens", "max_response_tokens", "max_tokens",
                 "log_every", "max_grad_norm", "lr", "epochs", "world_size", "utilization", "peak_tflops", "memory_gib")
-    for key in positive:
-        if not getattr(args, key) > 0:
-            raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}; it must be above 0")
+    not_negative = ("alpha", "weight_decay", "seed", "save_every", "keep_checkpoints", "max_skipped")
+    for keys, low, words in ((positive, math.ulp(0), "above 0"), (not_negative, 0, "0 or more")):
+        for key in keys:
+            if not low <= getattr(args, key) < math.inf:
+                raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}; it must be {words}, and finite")
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps is {args.steps}; it must be at least 1")
+    if args.beta is not None and not 0 < args.beta < math.inf:
+        raise ValueError(f"--beta is {args.beta}; it must be above 0, and finite")
+    if not 0 <= args.label_smoothing < 0.5:
+        raise ValueError(f"--label-smoothing is {args.label_smoothing}; it must be a probability below one half")
     if not 0 <= args.warmup <= 1:
         raise ValueError(f"--warmup is {args.warmup}; it must be a share from 0 to 1")
     if args.loss_on_prompt and args.method != "sft":

@@ -6,7 +6,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
 
 from redi.model import CausalLM
 
@@ -33,12 +35,28 @@ def shard(model: CausalLM, compute_dtype: torch.dtype) -> None:
 
     Master weights keep the parameters' fp32; forward and backward run on copies in compute_dtype; gradients
     are averaged in fp32. A tied embedding stays one parameter, in the root's group with the final norm.
+    One process that computes in fp32 has nothing to share or to cast, and keeps the model as it is: FSDP would
+    cost it 8 % more CPU seconds a step (measured with 25M parameters and micro-batches of one pair).
     """
+    if dist.get_world_size() == 1 and compute_dtype == torch.float32:
+        return
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def clip_grad_norm(model: CausalLM, max_norm: float) -> torch.Tensor:
+    """Scale the gradients down to a global norm of max_norm. Returns the norm before, a scalar on the device."""
+    norm = clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def reshard(model: CausalLM) -> None:
+    """Let go of parameters that a forward without backward has left gathered: the root's."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def rank() -> int:
