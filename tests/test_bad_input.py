@@ -1,0 +1,380 @@
+"""What a user may get wrong: one clear sentence, a non-zero exit, and nothing written or overwritten."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from redi import data
+from redi.data import read_examples, read_jsonl
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def signals():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def place(tmp_path):
+    tiny.write_model(tmp_path / "model")
+    tiny.write_rows(tmp_path, examples=4)
+    return tmp_path
+
+
+def arguments(place, method="redi", **changes):
+    """The command line; True is a flag without value, None takes one out."""
+    values = {
+        "model": place / "model", "data": place / ("positives.jsonl" if method == "sft" else "pairs.jsonl"),
+        "output": place / "out", "batch-size": 4, "steps": 2, **changes,
+    }
+    pairs = [[f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
+             for key, value in values.items() if value is not None]
+    return [method] + [word for pair in pairs for word in pair]
+
+
+def contents(place) -> dict:
+    return {path.relative_to(place): path.read_bytes() for path in place.rglob("*")
+            if path.is_file() and ".tokens-" not in path.name}
+
+
+def refused(place, message, method="redi", **changes):
+    """The command fails with the message, and leaves every file as it was and none beside them."""
+    before = contents(place)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        train.main(arguments(place, method, **changes))
+    assert "\n" not in str(error.value)
+    assert contents(place) == before
+    assert not (place / "out").exists() or os.listdir(place / "out") == []
+
+
+# Rows
+
+
+def row(**changes):
+    full = {"prompt": [{"role": "user", "content": "1+2?"}], "chosen": [{"role": "assistant", "content": "3"}],
+            "rejected": [{"role": "assistant", "content": "4"}], **changes}
+    return {key: value for key, value in full.items() if value is not None}
+
+
+def message(text, role="assistant"):
+    return [{"role": role, "content": text}]
+
+
+BAD_PAIRS = {
+    "malformed": (b'{"prompt": ', "not valid JSON"),
+    "trailing comma": (b'{"prompt": "a",}', "not valid JSON"),
+    "two objects": (b"{} {}", "not valid JSON"),
+    "not UTF-8": (b'{"prompt": "\xff\xfe"}', "not valid JSON"),
+    "NUL bytes": (b"\0\0\0\0", "not valid JSON"),
+    "nested deeply": (b'{"a":' * 100_000, "not valid JSON"),
+    "a huge number": (b'{"prompt": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    "a list": (b"[1, 2]", "expected a JSON object, found list"),
+    "a string": (b'"text"', "expected a JSON object, found str"),
+    "no chosen": (row(chosen=None), r"no key 'chosen' \(found prompt, rejected\)"),
+    "no rejected": (row(rejected=None), "no key 'rejected'"),
+    "no prompt": (row(prompt=None), "no key 'prompt'"),
+    "an empty object": ({}, r"no key 'chosen' \(found none\)"),
+    "chosen equals rejected": (row(rejected=message("3")), "chosen equals rejected"),
+    "strings without a common start": ({"chosen": "a", "rejected": "b"}, "no key 'prompt'.*no common start"),
+    "an empty completion": (row(chosen=message("")), "a completion is empty"),
+    "a blank completion": (row(rejected=message(" \n")), "a completion is empty"),
+    "one is the start of the other": ({"chosen": "a b", "rejected": "a b c"}, "a completion is empty"),
+    "only the prefill": (row(rejected=message("<think>\n")), None),
+    "an empty prompt": (row(prompt="", chosen="a", rejected="b"), "the prompt or a completion has no tokens"),
+    "no messages": (row(prompt=[]), "'prompt' must be a non-empty list"),
+    "a number": (row(chosen=4), "'chosen' must be a non-empty list of messages or a string"),
+    "null": (row(rejected=[None]), "'rejected' holds a message without"),
+    "a message without role": (row(chosen=[{"content": "3"}]), "without the strings 'role' and 'content'"),
+    "content in parts": (row(chosen=[{"role": "assistant", "content": [{"type": "text", "text": "3"}]}]),
+                         "without the strings 'role' and 'content'"),
+    "no assistant": (row(chosen=message("3", "user")), "'chosen' must end with exactly one assistant message"),
+    "two answers": (row(chosen=message("3") + message("4")), "exactly one assistant message"),
+    "messages and strings": (row(chosen="3", rejected="4"), "'prompt' is a list of messages but"),
+    "half a character": (row(chosen=message("\ud83d")), "not a string that UTF-8 can hold"),
+}
+BAD_POSITIVES = {
+    "no completion": ({"prompt": "a"}, r"no key 'completion' \(found prompt\)"),
+    "no prompt": ({"completion": "a"}, "no key 'prompt'"),
+    "an empty completion": ({"prompt": "a", "completion": ""}, "a completion is empty"),
+    "messages without answer": ({"messages": message("hello", "user") * 2}, "'messages' must end with exactly one"),
+    "messages without prompt": ({"messages": message("hello")}, "'messages' has no prompt before the answer"),
+    "messages are text": ({"messages": "hello"}, "'messages' must be a non-empty list"),
+    "a pair": (row(), "no key 'completion' .found chosen, prompt, rejected"),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("rows")
+    tiny.write_tokenizer(place / "model")
+    return place
+
+
+def check_bad_row(place, bad, good, expected, pairs):
+    from redi.tokenizer import Tokenizer
+
+    bad = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
+    (place / "rows.jsonl").write_bytes(json.dumps(good).encode() + b"\n\n" + bad + b"\n" + json.dumps(good).encode())
+    settings = data.TokenSettings(pairs, 999, 999, 999)
+    before = os.listdir(place)
+
+    def load():
+        data.load_dataset(place / "rows.jsonl", Tokenizer.from_pretrained(place / "model"), settings, place / "cache")
+
+    if expected is None:
+        load()
+        (place / "cache").unlink()
+    else:
+        with pytest.raises(ValueError, match=f"rows.jsonl, line 3: .*{expected}") as error:
+            load()
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert os.listdir(place) == before or expected is None
+
+
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_bad_pairs_are_named_by_file_line_and_key(tokenizer_place, case):
+    check_bad_row(tokenizer_place, BAD_PAIRS[case][0], row(), BAD_PAIRS[case][1], pairs=True)
+
+
+@pytest.mark.parametrize("case", BAD_POSITIVES)
+def test_bad_positives_are_named_by_file_line_and_key(tokenizer_place, case):
+    good = {"prompt": "1+2=", "completion": "3"}
+    check_bad_row(tokenizer_place, BAD_POSITIVES[case][0], good, BAD_POSITIVES[case][1], pairs=False)
+
+
+def test_a_line_of_100_megabytes_is_refused_without_reading_it_whole(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"prompt": "a", "completion": "b"}\n{"prompt": "')
+        for _ in range(100):
+            file.write(b"x" * 2**20)
+        file.write(b'", "completion": "b"}\n')
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="rows.jsonl, line 2: longer than 64 MiB"):
+        list(read_jsonl(path))
+    assert time.perf_counter() - started < 10
+
+
+def test_a_role_that_the_template_refuses_is_named_by_its_line(place):
+    (place / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "{{ m.role + m.content }}<|im_end|>{% endfor %}"
+    )
+    rows = [row(), row(prompt=message("1+2?", "tool"))]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    refused(place, "pairs.jsonl, line 2: .*no tools here")
+
+
+# Files and directories
+
+
+def test_missing_files(place):
+    refused(place, "absent.jsonl: no such", data=place / "absent.jsonl")
+    refused(place, "no such data file", data=place)  # a directory
+    (place / "empty").mkdir()
+    refused(place, "no tokenizer.json", model=place / "empty")
+    refused(place, "expected a directory, found a file", model=place / "pairs.jsonl")
+
+
+def test_empty_data(place):
+    (place / "pairs.jsonl").write_text("\n")
+    refused(place, r"pairs.jsonl: no example to train on \(0 dropped")
+
+
+def test_nothing_but_long_examples(place):
+    refused(place, r"no example to train on \(4 dropped: longer than 800 prompt, 3 response or", max_response_tokens=3)
+
+
+def test_prompts_longer_than_the_context(place):
+    refused(place, r"no example to train on \(4 dropped: .* or 10 tokens in all", max_position_embeddings=10)
+
+
+def test_a_model_without_weights(place):
+    (place / "model" / "model.safetensors").unlink()
+    refused(place, "model holds no weights")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers(place):
+    raw = json.loads((place / "model" / "config.json").read_text())
+    (place / "model" / "config.json").write_text(json.dumps(raw | {"vocab_size": raw["vocab_size"] - 1}))
+    highest = raw["vocab_size"] - 1
+    refused(place, f"the tokenizer has ids up to {highest}, but the model's vocabulary has {highest} entries")
+
+
+def test_weights_that_do_not_fit_the_config(place):
+    tensors = load_file(place / "model" / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(7)
+    save_file(tensors, place / "model" / "model.safetensors")
+    refused(place, r"'model.norm.weight' has shape \(7,\)")
+
+
+def test_an_unsupported_model(place):
+    raw = json.loads((place / "model" / "config.json").read_text())
+    (place / "model" / "config.json").write_text(json.dumps(raw | {"model_type": "qwen2_moe"}))
+    refused(place, "config.json: model_type is 'qwen2_moe'; supported are")
+
+
+def test_absurd_sizes_are_refused_before_memory_is_taken(place):
+    raw = json.loads((place / "model" / "config.json").read_text())
+    huge = {"hidden_size": 2**16, "vocab_size": 2**22, "intermediate_size": 2**18, "num_hidden_layers": 512}
+    (place / "model" / "config.json").write_text(json.dumps(raw | huge))
+    started = time.perf_counter()
+    refused(place, "has shape .* but config.json asks for")  # half a petabyte, on the meta device only
+    assert time.perf_counter() - started < 20
+
+
+def test_no_end_of_text_token_to_append(place):
+    config = json.loads((place / "model" / "tokenizer.json").read_text())
+    text = json.dumps(config).replace("<|endoftext|>", "<|unused|>")
+    (place / "model" / "tokenizer.json").write_text(text)
+    (place / "model" / "generation_config.json").unlink()
+    refused(place, "no end-of-text token", append_end_of_text=True)
+
+
+def test_output_that_is_a_file(place):
+    (place / "taken").write_text("mine")
+    refused(place, "taken", output=place / "taken")
+    refused(place, "taken", output=place / "taken" / "below")
+
+
+def test_a_full_disk_while_tokenising(place, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*args, **options):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(data, "save_file", full)
+    with pytest.raises(OSError, match="cannot write .*pairs.jsonl.tokens-.*No space left"):
+        train.main(arguments(place))
+    assert not (place / "out").exists()
+
+
+# Settings
+
+BAD_SETTINGS = [
+    ({"batch_size": 0}, "--batch-size is 0; it must be above 0"),
+    ({"batch_size": -4}, "--batch-size is -4"),
+    ({"lr": 0}, "--lr is 0.0"),
+    ({"lr": "nan"}, "--lr is nan"),
+    ({"lr": "inf"}, "--lr is inf"),
+    ({"epochs": "inf", "steps": None}, "--epochs is inf"),
+    ({"epochs": 0, "steps": None}, "--epochs is 0.0"),
+    ({"steps": 0}, "--steps is 0"),
+    ({"warmup": 1.5}, "--warmup is 1.5"),
+    ({"warmup": "nan"}, "--warmup is nan"),
+    ({"alpha": -0.1}, "--alpha is -0.1"),
+    ({"alpha": "nan"}, "--alpha is nan"),
+    ({"weight_decay": -1}, "--weight-decay is -1.0"),
+    ({"max_grad_norm": 0}, "--max-grad-norm is 0.0"),
+    ({"seed": -1}, "--seed is -1"),
+    ({"save_every": -1}, "--save-every is -1"),
+    ({"keep_checkpoints": -1}, "--keep-checkpoints is -1"),
+    ({"max_skipped": -1}, "--max-skipped is -1"),
+    ({"log_every": 0}, "--log-every is 0"),
+    ({"micro_batch_tokens": 0}, "--micro-batch-tokens is 0"),
+    ({"max_tokens": 0}, "--max-tokens is 0"),
+    ({"rope_theta": -5}, "rope_theta is -5.0; expected a positive number"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+    ({"loss_on_prompt": True}, "--loss-on-prompt is for sft"),
+    ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
+]
+
+
+@pytest.mark.parametrize("changes, expected", BAD_SETTINGS, ids=lambda x: str(x)[:50])
+def test_settings_out_of_range(place, changes, expected):
+    refused(place, expected, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"beta": 0}, {"beta": "nan"}, {"label_smoothing": 0.6}, {"label_smoothing": -1}])
+def test_settings_of_dpo_out_of_range(place, changes):
+    refused(place, "--(beta|label-smoothing) is", method="dpo", **changes)
+
+
+# As a command
+
+
+def command(*words, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, words)], capture_output=True, text=True,
+                          env=environment, timeout=120, **options)
+
+
+def test_the_command_says_one_sentence_and_fails(place):
+    (place / "pairs.jsonl").write_text('{"prompt": "a"}\n')
+    before = contents(place)
+    run = command(*arguments(place))
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr == f"error: {place}/pairs.jsonl, line 1: no key 'chosen' (found prompt)\n"
+    assert contents(place) == before
+
+
+def test_an_unknown_method_or_flag_fails(place):
+    for words in (["grpo"], [*arguments(place), "--learning-rate", "1"]):
+        with pytest.raises(SystemExit) as error:
+            train.main(words)
+        assert error.value.code == 2
+
+
+def test_the_output_of_another_run_is_left_alone(place):
+    train.main(arguments(place))
+    (place / "out" / "notes.txt").write_text("mine")
+    before = contents(place)
+    for changes in ({}, {"lr": 1e-3}):
+        with pytest.raises(ValueError, match="out holds another run .*--resume continues it, --overwrite replaces it"):
+            train.main(arguments(place, **changes))
+    with pytest.raises(ValueError, match="begun with --lr 1e-06, not 0.001; a resumed run keeps its settings"):
+        train.main(arguments(place, lr=1e-3, resume=True))
+    with pytest.raises(ValueError, match="begun with --method redi, not simpo"):
+        train.main(arguments(place, "simpo", resume=True))
+    # Asked to overwrite, but the input is bad: the old run stays.
+    (place / "bad.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="bad.jsonl, line 1"):
+        train.main(arguments(place, data=place / "bad.jsonl", overwrite=True))
+    (place / "bad.jsonl").unlink()
+    assert contents(place) == before
+
+
+def test_a_run_does_not_overwrite_the_model_it_starts_from(place):
+    train.main(arguments(place))
+    before = contents(place)
+    with pytest.raises(ValueError, match="out/final is part of the run that --overwrite would replace"):
+        train.main(arguments(place, model=place / "out" / "final", overwrite=True))
+    assert contents(place) == before
+
+
+def test_damaged_records_of_a_run_are_named(place):
+    train.main(arguments(place))
+    (place / "out" / "final").rename(place / "kept")
+    for text in ("{", "[]", '{"settings": 3}', "{}"):
+        (place / "out" / "run.json").write_text(text)
+        with pytest.raises(ValueError, match="run.json"):
+            train.main(arguments(place, resume=True))
+    assert math.isfinite(json.loads((place / "out" / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+
+
+def test_data_that_changed_since_the_run_began_is_refused(place):
+    train.main(arguments(place, save_every=1))
+    (place / "out" / "final").rename(place / "kept")
+    tiny.write_rows(place, examples=5)
+    with pytest.raises(ValueError, match="pairs.jsonl.* changed"):
+        train.main(arguments(place, resume=True))
+
+
+def test_read_examples_of_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        list(read_examples(tmp_path, pairs=True))
