@@ -93,7 +93,7 @@ def test_all_conversational_forms_give_the_same_ids(tmp_path, tokenizer):
     assert all(row == rows[0] for row in rows)
 
 
-def test_shared_traces_in_our_format_and_blank_lines(tmp_path):
+def test_blank_lines_count_as_lines(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("\n" + json.dumps(POSITIVES["strings"][0]) + "\n\n  \n" + json.dumps(POSITIVES["messages"][0]))
     assert [example.line for example in read_examples(path, pairs=False)] == [2, 5]
@@ -173,7 +173,8 @@ def sequence_ids(dataset, i):
 
 def test_ids_of_a_conversation(tmp_path, tokenizer):
     text = "<think>\n1 + 2\n</think>\n3"
-    dataset = load(write(tmp_path / "p.jsonl", {"prompt": [user("1+2?")], "completion": [assistant(text)]}), tokenizer, SFT)
+    path = write(tmp_path / "p.jsonl", {"prompt": [user("1+2?")], "completion": [assistant(text)]})
+    dataset = load(path, tokenizer, SFT)
     prompt = tokenizer.encode("<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>assistant\n")
     completion = tokenizer.encode("<think>\n") + tokenizer.encode("1 + 2\n</think>\n3") + [tokenizer.end_of_turn_id]
     assert sequence_ids(dataset, 0) == prompt + completion
@@ -199,7 +200,8 @@ def test_loss_on_prompt_end_of_text_and_system_prompt(tmp_path, tokenizer):
     assert sequence_ids(official, 0) == sequence_ids(plain, 0) + tail
     assert official.label_counts[0, 0] == plain.label_counts[0, 0] + len(tail)
     system = load(path, tokenizer, TokenSettings(False, 99, 99, 999, system_prompt="Add."))
-    assert tokenizer.decode(sequence_ids(system, 0), False).startswith("<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>u")
+    text = tokenizer.decode(sequence_ids(system, 0), skip_special_tokens=False)
+    assert text.startswith("<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user")
 
 
 def test_long_examples_are_dropped_never_truncated(tmp_path, tokenizer):
@@ -256,10 +258,11 @@ def test_the_cache_is_used_again_and_depends_on_all_that_decides_the_ids(tmp_pat
 
 def test_the_digest_is_of_the_ids_and_labels(tmp_path, tokenizer):
     rows = [{"prompt": [user(f"{i}?")], "completion": [assistant("3")]} for i in range(2)]
+    on_prompt = TokenSettings(False, 10**6, 10**6, 10**6, loss_on_prompt=True)
     digests = {
         load(write(tmp_path / "a.jsonl", *rows), tokenizer, SFT).digest,
         load(write(tmp_path / "b.jsonl", *rows[::-1]), tokenizer, SFT).digest,
-        load(write(tmp_path / "c.jsonl", *rows), tokenizer, TokenSettings(False, 99, 99, 99, loss_on_prompt=True)).digest,
+        load(write(tmp_path / "c.jsonl", *rows), tokenizer, on_prompt).digest,
     }
     assert len(digests) == 3
     assert load(write(tmp_path / "d.jsonl", *rows), tokenizer, SFT).digest in digests
