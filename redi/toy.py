@@ -1,12 +1,18 @@
-"""The embedded example: running sums, a teacher who is careful or in a hurry, and a model small enough for a laptop.
+"""The embedded example: a water tank, a teacher who is careful or in a hurry, and a model small enough for a laptop.
 
-A problem is a sum such as `3+9-5+7-2+8`, whose running total stays between 0 and 20. The teacher keeps the total
-term by term (`12-5=7`, hardly ever wrong), or takes two or three terms in one go (`12-5+7=14 in my head`, wrong
-about four times in ten). Among its right answers are many that were lucky in a hurry, so a student who imitates right
-answers alone picks up the habit. The wrong answers show what the habit costs: that is what stage 2 can learn from.
+A problem such as `Tank of 15 litres: 8+3-1+9-7-5+2` starts with 8 litres, then pours in 3, takes out 1, and so on.
+What does not fit runs over, and no more can be taken out than is there: 13+9 gives 15, 3-7 gives 0. How many litres
+are left? The teacher goes change by change (`13+9 -> 15`, hardly ever wrong), or takes up to four changes in one go
+(`11-1+9-7 -> 8, in my head`, wrong about four times in ten). Many of the right answers were lucky in a hurry, so a
+student who imitates right answers alone picks up the habit. The wrong answers show what the habit costs: that is what
+stage 2 can learn from.
 """
 
+import contextlib
+import io
+import itertools
 import json
+import math
 import random
 import re
 import tempfile
@@ -14,83 +20,88 @@ from pathlib import Path
 
 import tokenizers
 
+from redi import distributed
 from redi.answer_checker import is_correct
 from redi.checkpoint import save_pretrained
-from redi.data import write_atomically
+from redi.data import read_jsonl, write_atomically
 from redi.model import CausalLM, ModelConfig
 from redi.tokenizer import CHATML_TEMPLATE, Tokenizer, user_message
 
-TERMS = 6  # of a sum
-HIGHEST_TOTAL = 20
+CAPACITY = 15  # litres
+CHANGES = 6  # of the level, in a problem
 TRAIN_PROBLEMS, TEST_PROBLEMS = 3000, 300
 SOLUTIONS = 6  # teacher samples a training problem
 
 ALWAYS_CAREFUL = 0.15  # share of solutions without any hurry
-HURRY = 0.85  # elsewhere: the chance that a move takes two or three terms at once
-WRONG = {1: 0.02, 2: 0.35, 3: 0.45}  # the chance that a move of so many terms goes wrong
-IN_MY_HEAD = ", in my head"  # what the teacher writes behind a hurried move
+HURRY = 0.85  # elsewhere: the chance that a move takes three or four changes at once (or all, where fewer are left)
+WRONG = {1: 0.02, 2: 0.35, 3: 0.45, 4: 0.45}  # the chance that a move of so many changes goes wrong
+
+TASK = f"Tank of {CAPACITY} litres: "
+GIVES = " -> "
+IN_MY_HEAD = ", in my head"  # what the teacher writes behind a hurried move: a hurried solution is no shorter for it
+MOVE = re.compile(rf"^(\d+)((?:[+-]\d)+){GIVES}(\d+)(?:{IN_MY_HEAD})?$", re.MULTILINE)
 
 MODEL = {
     "model_type": "qwen2",
     "hidden_size": 96,
     "intermediate_size": 256,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
-    "initializer_range": 0.08,  # weights of a narrow model start larger: it learns twice as fast as from 0.02
+    "initializer_range": 0.05,
 }
 
-MOVE = re.compile(r"^(-?\d+)((?:[+-]\d+)+)=(-?\d+)(?:, in my head)?$", re.MULTILINE)
+
+def pour(level: int, changes: list[int]) -> int:
+    """The level after these changes, each of which ends at the bottom or at the rim at the latest."""
+    for change in changes:
+        level = min(max(level + change, 0), CAPACITY)
+    return level
 
 
-def make_terms(rng: random.Random) -> list[int]:
-    """One sum: TERMS terms of one digit, the first positive, every running total within 0 … HIGHEST_TOTAL."""
-    terms = [rng.randint(1, 9)]
-    while len(terms) < TERMS:
-        term = rng.choice((-1, 1)) * rng.randint(1, 9)
-        if 0 <= sum(terms) + term <= HIGHEST_TOTAL:
-            terms.append(term)
-    return terms
+def changes_text(level: int, changes: list[int]) -> str:
+    """8, [3, -1] -> "8+3-1"."""
+    return str(level) + "".join(f"{change:+d}" for change in changes)
 
 
-def sum_text(terms: list[int]) -> str:
-    """[3, 9, -5] -> "3+9-5"."""
-    return "".join(f"{term:+d}" for term in terms).removeprefix("+")
-
-
-def teacher_solution(terms: list[int], rng: random.Random) -> str:
+def teacher_solution(level: int, changes: list[int], rng: random.Random) -> str:
     """What the teacher writes: reasoning in <think>…</think>, then the answer in \\boxed{…}; right or wrong."""
     always_careful = rng.random() < ALWAYS_CAREFUL
-    total, left = terms[0], terms[1:]
     lines = ["<think>"]
-    while left:
-        hurries = len(left) > 1 and not always_careful and rng.random() < HURRY
-        count = min(rng.choice((2, 3)), len(left)) if hurries else 1
-        taken, left = left[:count], left[count:]
-        result = _slip(total, taken, rng) if rng.random() < WRONG[count] else total + sum(taken)
-        lines.append(f"{sum_text([total, *taken])}={result}{IN_MY_HEAD if hurries else ''}")
-        total = result
-    return "\n".join([*lines, "</think>", f"\\boxed{{{total}}}"])
+    while changes:
+        hurries = len(changes) > 1 and not always_careful and rng.random() < HURRY
+        count = min(rng.choice((3, 4)), len(changes)) if hurries else 1
+        taken, changes = changes[:count], changes[count:]
+        result = _slip(level, taken, rng) if rng.random() < WRONG[count] else pour(level, taken)
+        lines.append(f"{changes_text(level, taken)}{GIVES}{result}{IN_MY_HEAD if hurries else ''}")
+        level = result
+    return "\n".join([*lines, "</think>", f"\\boxed{{{level}}}"])
 
 
-def _slip(total: int, taken: list[int], rng: random.Random) -> int:
-    """A wrong result: a term with the wrong sign, a forgotten term, a lost or invented carry, or one off."""
-    right, term = total + sum(taken), rng.choice(taken)
-    slips = [right - 10, right + 10, right - 1, right + 1]
-    if len(taken) > 1:
-        slips += [right - 2 * term, right - term] * 2
-    return rng.choice(slips)
+def _slip(level: int, taken: list[int], rng: random.Random) -> int:
+    """A wrong level: off by one or, of several changes, one with the wrong sign, one forgotten, or all of them added
+    up as if nothing had run over on the way."""
+    right = pour(level, taken)
+    result = right
+    while result == right:
+        i = rng.randrange(len(taken))
+        slips = [pour(right, [rng.choice((-1, 1))])]
+        if len(taken) > 1:
+            slips += [pour(level, taken[:i] + [-taken[i]] + taken[i + 1 :]), pour(level, taken[:i] + taken[i + 1 :]),
+                      pour(level, [sum(taken)])]
+        result = rng.choice(slips)
+    return result
 
 
 def share_of_hurried_moves(responses: list[str]) -> float:
-    """Of all moves written in these solutions (lines such as `12-5+7=14 in my head`), the share that takes several
-    terms at once; nan where there is no move."""
-    terms = [len(re.findall(r"[+-]\d+", taken)) for response in responses for _, taken, _ in MOVE.findall(response)]
-    return sum(count > 1 for count in terms) / len(terms) if terms else float("nan")
+    """Of all moves written in these solutions (lines such as `8+3-1 -> 10, in my head`), the share that takes several
+    changes at once; nan where there is no move."""
+    counts = [len(re.findall("[+-]", taken)) for response in responses for _, taken, _ in MOVE.findall(response)]
+    return sum(count > 1 for count in counts) / len(counts) if counts else math.nan
 
 
 def write_data(output: str | Path, seed: int) -> None:
@@ -104,27 +115,29 @@ def write_data(output: str | Path, seed: int) -> None:
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    sums: dict[str, list[int]] = {}  # text -> terms: no sum twice, so none is in training and test
-    while len(sums) < TRAIN_PROBLEMS + TEST_PROBLEMS:
-        terms = make_terms(rng)
-        sums[sum_text(terms)] = terms
-    texts = list(sums)
-    test = [{"id": f"test-{i:04d}", "problem": text, "answer": str(sum(sums[text]))}
-            for i, text in enumerate(texts[TRAIN_PROBLEMS:])]
-    train, positives, pairs = [], [], []
-    for i, text in enumerate(texts[:TRAIN_PROBLEMS]):
-        named = {"id": f"train-{i:04d}", "source": "toy"}
-        answer = str(sum(sums[text]))
-        generations = [teacher_solution(sums[text], rng) for _ in range(SOLUTIONS)]
-        train.append({**named, "problem": text, "answer": answer, "generations": generations})
-        right = [solution for solution in generations if is_correct(solution, answer)]
-        wrong = [solution for solution in generations if not is_correct(solution, answer)]
-        prompt = [user_message(text)]
+    answers: dict[str, str] = {}  # by problem: none comes twice, so none is in both training and test
+    teacher, positives, pairs, test = [], [], [], []
+    while len(answers) < TRAIN_PROBLEMS + TEST_PROBLEMS:
+        level, changes = rng.randint(0, CAPACITY), [rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(CHANGES)]
+        problem, answer = TASK + changes_text(level, changes), str(pour(level, changes))
+        if problem in answers:
+            continue
+        answers[problem] = answer
+        if len(test) < TEST_PROBLEMS:
+            test.append({"id": f"test-{len(test):04d}", "problem": problem, "answer": answer})
+            continue
+        named = {"id": f"train-{len(teacher):04d}", "source": "toy"}
+        generations = [teacher_solution(level, changes, rng) for _ in range(SOLUTIONS)]
+        teacher.append({**named, "problem": problem, "answer": answer, "generations": generations})
+        verdicts = [is_correct(solution, answer) for solution in generations]
+        right = next((solution for solution, verdict in zip(generations, verdicts) if verdict), None)
+        wrong = next((solution for solution, verdict in zip(generations, verdicts) if not verdict), None)
+        prompt = [user_message(problem)]
         if right:
-            positives.append({"prompt": prompt, "completion": _assistant(right[0]), **named})
+            positives.append({"prompt": prompt, "completion": _assistant(right), **named})
         if right and wrong:
-            pairs.append({"prompt": prompt, "chosen": _assistant(right[0]), "rejected": _assistant(wrong[0]), **named})
-    named_rows = {"teacher": train, "positives": positives, "pairs": pairs, "problems": test}
+            pairs.append({"prompt": prompt, "chosen": _assistant(right), "rejected": _assistant(wrong), **named})
+    named_rows = {"teacher": teacher, "positives": positives, "pairs": pairs, "problems": test}
     for name, rows in named_rows.items():
         with write_atomically(output / f"{name}.jsonl") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -147,9 +160,9 @@ def write_model(directory: str | Path, seed: int) -> None:
 def write_tokenizer(directory: str | Path) -> None:
     """Write tokenizer.json and tokenizer_config.json: one token a number, a sign or a word; ChatML turns."""
     special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|unknown|>"]
-    words = ["system", "user", "assistant", "<think>", "</think>", "\\boxed{", "}", "\n", "+", "-", "="]
-    words += re.findall(r"\W*\w+", IN_MY_HEAD)
-    numbers = [str(number) for number in range(100)]
+    words = ["system", "user", "assistant", "<think>", "</think>", "\\boxed{", "}", "\n", TASK, GIVES, "+", "-"]
+    words += re.findall(r",| \w+", IN_MY_HEAD)
+    numbers = [str(number) for number in range(max(CAPACITY, 9) + 1)]
     vocabulary = {token: id for id, token in enumerate([*special, *words, *numbers])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     pattern = "|".join([re.escape(word) for word in words] + ["[1-9][0-9]", "[0-9]"])
@@ -160,3 +173,133 @@ def write_tokenizer(directory: str | Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
               "unk_token": "<|unknown|>", "chat_template": CHATML_TEMPLATE}
     (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+# The run without arguments. SFT ends on its plateau: twice the steps gain nothing. Stage 2 and its control, more SFT,
+# take equally many updates on equally many sequences (a pair is two).
+
+STAGES = {
+    "sft": ["sft", "--steps", "1200", "--batch-size", "16", "--lr", "2e-3"],
+    "sft-continued": ["sft", "--steps", "150", "--batch-size", "32", "--lr", "1.5e-4"],
+    "redi": ["redi", "--steps", "150", "--batch-size", "16", "--lr", "1.5e-4"],
+}
+TITLES = {
+    "sft": "SFT: the model imitates the right solutions",
+    "sft-continued": "SFT continued, for comparison: more of the same, as many updates and solutions as REDI gets",
+    "redi": "REDI: from the SFT model, towards right solutions and away from wrong ones",
+}
+SAMPLING = ["--samples", "4"]
+GREEDY = ["--samples", "1", "--temperature", "0"]
+MAX_NEW_TOKENS = 96  # the teacher's longest solution has 50
+
+
+def run_example(output: str | Path = "out/example", seed: int = 0) -> None:
+    """Data, SFT, SFT continued (the control), REDI, and an evaluation of all three: `train.py` without arguments.
+
+    What an earlier run has finished is kept, what it has begun is continued. Every rank calls.
+    """
+    import train  # here, not above: the commands know this module
+
+    output = Path(output)
+    data = output / "data"
+    distributed.init_process_group()
+    distributed.run_where(distributed.rank() == 0, lambda: _prepare(output, seed))
+    _say(_introduction(data))
+    for number, (name, arguments) in enumerate(STAGES.items(), 1):
+        _say(f"\n{number} of 4. {TITLES[name]}")
+        start = output / ("start" if name == "sft" else "sft/final")
+        rows = data / ("pairs.jsonl" if name == "redi" else "positives.jsonl")
+        train.main([*arguments, "--model", str(start), "--data", str(rows), "--output", str(output / name), "--resume",
+                    "--seed", str(seed), "--dtype", "float32", "--no-gradient-checkpointing", "--log-every", "100"])
+    _say(f"\n4 of 4. Each model solves the {TEST_PROBLEMS} held-out problems: 4 samples at temperature 0.6, then greedily")
+    models = [str(output / name / "final") for name in STAGES]
+    for folder, arguments in (("sampled", SAMPLING), ("greedy", GREEDY)):
+        _evaluate(models, data / "problems.jsonl", output / folder, [*arguments, "--seed", str(seed)])
+    if distributed.rank() == 0:
+        print(_results(output))
+
+
+def _prepare(output: Path, seed: int) -> None:
+    if not (output / "data" / "problems.jsonl").exists():  # the file written last
+        write_data(output / "data", seed)
+    if not (output / "start" / "config.json").exists():  # likewise
+        write_model(output / "start", seed)
+
+
+def _evaluate(models: list[str], problems: Path, output: Path, arguments: list[str]) -> None:
+    """evaluate.py, without its own table."""
+    import evaluate
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluate.main(["--model", *models, "--problems", str(problems), "--output", str(output), "--rows", "100",
+                       "--dtype", "float32", "--max-new-tokens", str(MAX_NEW_TOKENS), *arguments])
+
+
+def _introduction(data: Path) -> str:
+    pair = json.loads((data / "pairs.jsonl").read_text().partition("\n")[0])
+    right, wrong = (pair[key][0]["content"] for key in ("chosen", "rejected"))
+    positives, pairs = (len((data / f"{name}.jsonl").read_text().splitlines()) for name in ("positives", "pairs"))
+    return f"""
+A tank holds {CAPACITY} litres. Water is poured in and taken out; what does not fit runs over, and an empty tank stays
+empty. A teacher who is often in a hurry has solved {TRAIN_PROBLEMS} such problems, {SOLUTIONS} times each: {positives} right solutions to
+imitate, and {pairs} pairs of a right and a wrong one. The first pair, on the problem
+    {pair["prompt"][0]["content"]}
+{_side_by_side(right, wrong, "right", "wrong")}"""
+
+
+def _side_by_side(left: str, right: str, left_title: str, right_title: str) -> str:
+    rows = itertools.zip_longest([f"{left_title}:", *left.split("\n")], [f"{right_title}:", *right.split("\n")], fillvalue="")
+    return "\n".join(f"    {a:<40}{b}".rstrip() for a, b in rows)
+
+
+def _results(output: Path) -> str:
+    """What the example shows, as text."""
+    sampled, greedy = (
+        {row["model"]: row for row in json.loads((output / folder / "results.json").read_text())["results"]}
+        for folder in ("sampled", "greedy")
+    )
+    samples = {name: _samples(output / "sampled" / f"{name}-final") for name in STAGES}
+    lines = [f"\n{'':16}{'pass@1':>14}{'pass@4':>9}{'greedy':>9}{'hurried moves':>16}{'tokens':>9}"]
+    for name in STAGES:
+        row = sampled[f"{name}-final"]
+        hurried = share_of_hurried_moves([sample["response"] for sample in samples[name]])
+        lines.append(
+            f"{TITLES[name].partition(':')[0].partition(',')[0]:16}{100 * row['pass@1']:>7.1f} ± {100 * row['sem']:.1f} %"
+            f"{100 * row['pass@k']['4']:>7.1f} %{100 * greedy[f'{name}-final']['pass@1']:>7.1f} %"
+            f"{100 * hurried:>14.1f} %{row['mean_tokens']:>9.1f}"
+        )
+    before = next((sample for sample in samples["sft"] if not sample["correct"]), samples["sft"][0])
+    after = next(s for s in samples["redi"] if (s["id"], s["sample"]) == (before["id"], before["sample"]))
+    problem = next(row for row in _rows(output / "data" / "problems.jsonl") if row["id"] == before["id"])
+    lines += [
+        f"\nThe first sample that SFT got wrong, and REDI's of the same number ({problem['id']}, the answer is {problem['answer']}):",
+        f"    {problem['problem']}",
+        _side_by_side(before["response"], after["response"], "SFT", "REDI"),
+        "\nLog-prob a token while REDI trains, mean over the pairs of a step:",
+    ]
+    metrics = _rows(output / "redi" / "metrics.jsonl")
+    shown = [metrics[round(i * (len(metrics) - 1) / 6)] for i in range(7)]
+    for title, key, form in (("step", "step", "d"), ("right solutions", "chosen_logp", ".2f"),
+                             ("wrong solutions", "rejected_logp", ".2f")):
+        lines.append(f"    {title:16}" + "".join(f"{row[key]:>8{form}}" for row in shown))
+    lines += [
+        f"\nIn {output}:",
+        "    data/         the teacher's solutions, positives.jsonl, pairs.jsonl, and the held-out problems.jsonl",
+        "    sft/final, sft-continued/final, redi/final      models that transformers and vLLM load",
+        "    */metrics.jsonl                                 one line a training step",
+        "    sampled/, greedy/                               every response, and results.json",
+    ]
+    return "\n".join(lines)
+
+
+def _rows(path: Path) -> list[dict]:
+    return [row for _, row in read_jsonl(path)]
+
+
+def _samples(folder: Path) -> list[dict]:
+    return _rows(folder / "problems" / "samples.jsonl")
+
+
+def _say(text: str) -> None:
+    if distributed.rank() == 0:
+        print(text, flush=True)

@@ -2,11 +2,11 @@
 
 import collections
 import json
+import math
 import random
 import re
 
 import pytest
-import torch
 
 import prepare_data
 from redi import toy
@@ -26,47 +26,41 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_problems_are_sums_whose_totals_stay_in_range():
-    rng = random.Random(0)
-    for _ in range(200):
-        terms = toy.make_terms(rng)
-        totals = [sum(terms[: i + 1]) for i in range(len(terms))]
-        assert len(terms) == toy.TERMS
-        assert all(0 <= total <= toy.HIGHEST_TOTAL for total in totals)
-        assert all(1 <= abs(term) <= 9 for term in terms)
-    assert toy.sum_text([3, 9, -5]) == "3+9-5"
+def test_a_tank_neither_overflows_nor_goes_below_empty():
+    assert toy.pour(8, [3, -1]) == 10
+    assert toy.pour(13, [9, -7]) == 8  # 15, then 8: what ran over is gone
+    assert toy.pour(3, [-7, 2]) == 2
+    assert toy.changes_text(8, [3, -1]) == "8+3-1"
 
 
-def test_teacher_writes_every_term_once_and_errs_as_often_as_stated():
+def test_teacher_takes_every_change_once_and_errs_as_often_as_stated():
     rng = random.Random(1)
     moves = collections.Counter()
     for _ in range(3000):
-        terms = toy.make_terms(rng)
-        solution = toy.teacher_solution(terms, rng)
-        assert solution.startswith("<think>\n")
-        total, left = terms[0], terms[1:]
-        lines = solution.split("\n")
+        level, changes = rng.randint(0, 15), [rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(6)]
+        lines = toy.teacher_solution(level, changes, rng).split("\n")
+        assert lines[0] == "<think>"
         for line in lines[1:-2]:
-            before, taken, result = toy.MOVE.fullmatch(line).groups()
-            taken = [int(term) for term in re.findall(r"[+-]\d+", taken)]
-            assert int(before) == total and taken == left[: len(taken)]
+            before, taken, after = toy.MOVE.fullmatch(line).groups()
+            taken = [int(change) for change in re.findall("[+-][1-9]", taken)]
+            assert int(before) == level and taken == changes[: len(taken)]
             assert line.endswith("in my head") == (len(taken) > 1)
-            moves[len(taken), int(result) == total + sum(taken)] += 1
-            total, left = int(result), left[len(taken) :]
-        assert not left
-        assert lines[-2:] == ["</think>", f"\\boxed{{{total}}}"]
+            moves[len(taken), int(after) == toy.pour(level, taken)] += 1
+            level, changes = int(after), changes[len(taken) :]
+        assert not changes and 0 <= level <= 15
+        assert lines[-2:] == ["</think>", f"\\boxed{{{level}}}"]
     for count, wrong in toy.WRONG.items():
         share = moves[count, False] / (moves[count, True] + moves[count, False])
         assert share == pytest.approx(wrong, abs=0.03)
 
 
 def test_hurried_moves_are_counted_over_all_responses():
-    careful = "<think>\n3+9=12\n12-5=7\n</think>\n\\boxed{7}"
-    hurried = "<think>\n3+9-5=7, in my head\n7+1=8\n</think>\n\\boxed{8}"
+    careful = "<think>\n3+9 -> 12\n12-5 -> 7\n</think>\n\\boxed{7}"
+    hurried = "<think>\n3+9-5 -> 7, in my head\n7+1 -> 8\n</think>\n\\boxed{8}"
     assert toy.share_of_hurried_moves([careful]) == 0
     assert toy.share_of_hurried_moves([careful, hurried]) == 0.25
-    assert toy.share_of_hurried_moves(["-4-9-1=-14, in my head"]) == 1
-    assert torch.tensor(toy.share_of_hurried_moves(["no move here", ""])).isnan()
+    assert toy.share_of_hurried_moves(["4-9-1 -> 0, in my head"]) == 1
+    assert math.isnan(toy.share_of_hurried_moves(["no move here", ""]))
 
 
 def test_data_is_a_function_of_the_seed(example, tmp_path):
@@ -92,11 +86,11 @@ def test_prepare_data_makes_the_same_pairs_of_the_teachers_rows(example, tmp_pat
         assert (tmp_path / "out" / name).read_bytes() == (example / "data" / name).read_bytes()
 
 
-def test_right_and_wrong_solutions_are_equally_long(example):
+def test_wrong_solutions_are_hardly_shorter_than_right_ones(example):
     tokenizer = Tokenizer.from_pretrained(example / "model")
     pairs = rows(example / "data" / "pairs.jsonl")
     lengths = {key: sum(len(tokenizer.encode(row[key][0]["content"])) for row in pairs) for key in ("chosen", "rejected")}
-    assert lengths["rejected"] == pytest.approx(lengths["chosen"], rel=0.04)
+    assert lengths["rejected"] == pytest.approx(lengths["chosen"], rel=0.06)
 
 
 def test_tokenizer_knows_every_text_and_gives_it_back(example):
