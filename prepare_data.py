@@ -1,13 +1,15 @@
-"""Teacher traces in, training data out; also benchmarks, and a check of the one against the other.
+r"""Teacher traces in, training data out; also benchmarks, and a check of the one against the other.
 
-    python prepare_data.py openr1 --input open-r1/OpenR1-Math-Raw --tokenizer Qwen/Qwen2.5-Math-1.5B --output data/openr1
-    python prepare_data.py traces --input rows.jsonl --output data/own          # verdicts by our answer checker
+    python prepare_data.py openr1 --input open-r1/OpenR1-Math-Raw --output data/openr1 --tokenizer MODEL
+    python prepare_data.py traces --input rows.jsonl --output data/own     # our answer checker's verdicts
     python prepare_data.py benchmarks --output data/benchmarks
-    python prepare_data.py decontaminate --input data/openr1/*.jsonl --against data/benchmarks/*.jsonl --output data/clean
+    python prepare_data.py decontaminate --input data/openr1/p*.jsonl --against data/benchmarks/*.jsonl \
+        --output data/clean
     python prepare_data.py toy --output data/toy
 
-rows (parquet or JSONL) -> judge -> select -> positives.jsonl, pairs.jsonl, report.json. Rows stream through worker
-processes in their order. An output directory appears under its name when everything in it is written, or not at all.
+rows (parquet or JSONL) -> judge -> select -> positives.jsonl, pairs.jsonl, report.json. Rows stream through
+worker processes in their order. An output directory appears under its name when everything in it is written,
+or not at all.
 """
 import argparse
 import collections
@@ -18,7 +20,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -38,16 +39,17 @@ from tqdm import tqdm
 from redi.answer_checker import extract_answer, is_correct
 from redi.tokenizer import PROMPT_TEMPLATES, Tokenizer, resolve_directory, user_message
 
-# What becomes of a row, in the order in which it is asked. Every row is counted as read and, but for the last two,
-# once more; a positive may give pairs, of which too_long are left out of pairs.jsonl.
+# What becomes of a row, in the order in which it is asked. Every row is counted as read and once more up to
+# positives; a positive may give pairs, of which too_long are left out of pairs.jsonl.
 OUTCOMES = ("read", "invalid_problem", "excluded_source", "no_problem", "no_answer", "no_generations",
             "mismatched_verdicts", "no_correct", "positives", "pairs", "too_long")
-COLUMNS = ("id", "uuid", "unique_id", "problem", "question", "answer", "final_answer", "source", "problem_is_valid",
-           "generations", "generation", "response", "correctness", "correctness_llama", "correctness_math_verify")
+COLUMNS = ("id", "uuid", "unique_id", "problem", "question", "answer", "final_answer", "source",
+           "problem_is_valid", "generations", "generation", "response", "correctness", "correctness_llama",
+           "correctness_math_verify")
 CHUNK_ROWS, CHUNK_CHARACTERS = 64, 1 << 20
 
-# name, hub id, split, number of problems, column of the problem, column of the answer. AMC23 exists twice: 83 problems
-# of AMC 12 2022 and 2023 (what the paper's evaluator calls AMC23) and 40 of 2023 with integer answers.
+# name, hub id, split, number of problems, column of the problem, column of the answer. AMC23 exists twice: 83
+# problems of AMC 12 2022 and 2023 (what the paper's evaluator calls AMC23) and 40 of 2023 alone.
 BENCHMARKS = (
     ("math500", "HuggingFaceH4/MATH-500", "test", 500, "problem", "answer"),
     ("aime24", "HuggingFaceH4/aime_2024", "train", 30, "problem", "answer"),
@@ -65,18 +67,20 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """openr1 and traces: positives.jsonl, pairs.jsonl and report.json from rows of generations."""
-    if args.tokenizer is not None:  # once here, for a clear error and the download; then by directory in each worker
+    if args.tokenizer is not None:  # here for the download and a clear error; the workers load it again
         args.tokenizer = str(Tokenizer.from_pretrained(args.tokenizer).directory)
     files, total = input_files(args.input)
     counts = collections.Counter()
-    with new_directory(args.output, args.overwrite, ("positives.jsonl", "pairs.jsonl", "report.json")) as directory:
+    names = ("positives.jsonl", "pairs.jsonl", "report.json")
+    with new_directory(args.output, args.overwrite, names) as directory:
         rows = read_rows(files)
         if args.judge is judge_trace:
             rows = one_row_per_problem(rows, directory)
-        chunks = in_chunks(rows)
-        with (open(directory / "positives.jsonl", "wb") as positives, open(directory / "pairs.jsonl", "wb") as pairs,
+        prepared = in_parallel(prepare_chunk, args, in_chunks(rows), args.processes)
+        with (open(directory / "positives.jsonl", "wb") as positives,
+              open(directory / "pairs.jsonl", "wb") as pairs,
               tqdm(total=total, unit=" rows", disable=None) as progress):
-            for chunk_counts, positive_lines, pair_lines in in_parallel(prepare_chunk, args, chunks, args.processes):
+            for chunk_counts, positive_lines, pair_lines in prepared:
                 positives.write(positive_lines)
                 pairs.write(pair_lines)
                 counts.update(chunk_counts)
@@ -92,9 +96,9 @@ def prepare(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}")
 
 
-def prepare_chunk(args: argparse.Namespace, chunk: list[tuple[str, dict]]) -> tuple[collections.Counter, bytes, bytes]:
-    """Counts by outcome, and the JSONL lines of positives and of pairs, of some rows (each with the place it is
-    from). Raises ValueError naming the place."""
+def prepare_chunk(args: argparse.Namespace, chunk: list[tuple[str, dict]]) -> tuple[dict, bytes, bytes]:
+    """Counts by outcome, and the JSONL lines of positives and of pairs, of some rows (each with its place).
+    Raises ValueError naming the place."""
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer is not None else None
     counts, positive_lines, pair_lines = collections.Counter(), [], []
     for place, row in chunk:
@@ -116,7 +120,9 @@ def prepare_chunk(args: argparse.Namespace, chunk: list[tuple[str, dict]]) -> tu
             positive_lines.append(json_line({"prompt": prompt, "completion": assistant(positive), **named}))
             counts["positives"] += 1
             counts["pairs"] += len(negatives)
-            fits = pairs_fit(tokenizer, prompt, positive, negatives, args) if tokenizer else [True] * len(negatives)
+            fits = [True] * len(negatives)
+            if tokenizer is not None and negatives:
+                fits = pairs_fit(tokenizer, prompt, positive, negatives, args)
             counts["too_long"] += fits.count(False)
             for number, negative in enumerate(negatives):
                 if fits[number]:
@@ -129,11 +135,12 @@ def prepare_chunk(args: argparse.Namespace, chunk: list[tuple[str, dict]]) -> tu
 
 
 def judge_openr1(row: dict, args: argparse.Namespace) -> str | list[bool]:
-    """Which generations are correct by the verdicts that the row carries, or the outcome that excludes the row.
+    """Which generations are correct by the verdicts that the row carries, or the outcome that excludes it.
 
     Layouts: OpenR1-Math-Raw (a struct `correctness`), OpenR1-Math-220k (`correctness_llama` and
-    `correctness_math_verify`; its problems were all found valid, so that it has no problem_is_valid), and the flattened
-    OpenR1-Math-Raw without a Llama verdict. Raises ValueError for a column that is missing or of another type."""
+    `correctness_math_verify`; its problems were all found valid, so that it has no problem_is_valid), and the
+    flattened OpenR1-Math-Raw without a Llama verdict. Raises ValueError for a column that is missing or of
+    another type."""
     require(row, "problem", "generations", "source")
     if "correctness" in row:
         verdicts = row["correctness"] if row["correctness"] is not None else {}
@@ -151,8 +158,8 @@ def judge_openr1(row: dict, args: argparse.Namespace) -> str | list[bool]:
     wanted = list(names) if args.verdict in ("both", "either") else [args.verdict]
     if lacking := [name for name in wanted if names[name] in missing]:
         other = "math_verify" if lacking == ["llama"] else "llama"
-        raise ValueError(f"no column '{names[lacking[0]]}': the rule takes a generation as correct when Llama's and "
-                         f"Math-Verify's verdicts are both true; --verdict {other} takes {names[other]} alone")
+        raise ValueError(f"no column '{names[lacking[0]]}': a generation is correct when Llama's and "
+                         f"Math-Verify's verdicts are both true; --verdict {other} takes one verdict alone")
     if "problem_is_valid" in row or "correctness_llama" not in row:
         require(row, "problem_is_valid")
         valid = row["problem_is_valid"]
@@ -169,7 +176,7 @@ def judge_openr1(row: dict, args: argparse.Namespace) -> str | list[bool]:
         if not (verdict is None or isinstance(verdict, (bool, int, float))):
             raise ValueError(f"a verdict must be true, false or null, found {verdict!r}")
     agree = any if args.verdict == "either" else all
-    return [agree(map(bool, verdicts_of_one)) for verdicts_of_one in zip(*lists)]  # None, not judged: not correct
+    return [agree(map(bool, of_one)) for of_one in zip(*lists)]  # None, not judged, counts as false
 
 
 def judge_trace(row: dict, args: argparse.Namespace) -> str | list[bool]:
@@ -184,7 +191,7 @@ def judge_trace(row: dict, args: argparse.Namespace) -> str | list[bool]:
 
 
 def exclude(row: dict, args: argparse.Namespace) -> str | None:
-    """The outcome of a row that has nothing to select from. Raises ValueError for values of the wrong type."""
+    """The outcome of a row that has nothing to select from. Raises ValueError for values of another type."""
     if row.get("source") in args.exclude_sources:
         return "excluded_source"
     problem, generations = row["problem"], row["generations"]
@@ -202,8 +209,8 @@ def exclude(row: dict, args: argparse.Namespace) -> str | None:
     return None
 
 
-def select(generations: list, correct: list[bool], args: argparse.Namespace, key: str) -> tuple[str, list[str]] | None:
-    """The first correct generation, and the incorrect ones that it is paired with; None without a correct one.
+def select(generations: list, correct: list[bool], args, problem: str) -> tuple[str, list[str]] | None:
+    """The first correct generation, and the incorrect ones that it is paired with; None if none is correct.
     A generation without text is neither; one equal to the positive teaches nothing against it."""
     texts = [(text, verdict) for text, verdict in zip(generations, correct) if text and text.strip()]
     if args.truncated == "drop":
@@ -216,16 +223,16 @@ def select(generations: list, correct: list[bool], args: argparse.Namespace, key
         negatives.sort(key=len)
     elif args.negatives == "longest":
         negatives.sort(key=len, reverse=True)
-    elif args.negatives == "random":  # the problem's own generator: the same draw whatever came before this row
-        random.Random(f"{args.seed} {key}").shuffle(negatives)
+    elif args.negatives == "random":  # a generator of the problem's own: the draw depends on no other row
+        random.Random(f"{args.seed} {problem}").shuffle(negatives)
     return positive, negatives[:args.pairs_per_problem]
 
 
-def pairs_fit(tokenizer: Tokenizer, prompt: list[dict], positive: str, negatives: list[str], args) -> list[bool]:
-    """For each negative, whether its pair is within the limits in tokens: the prompt as the chat template renders it,
-    each response with its end of turn."""
+def pairs_fit(tokenizer: Tokenizer, prompt: list[dict], positive: str, negatives: list, args) -> list[bool]:
+    """For each negative, whether its pair is within the limits in tokens: the prompt as the chat template
+    renders it, each response with its end of turn."""
     prompt_text = tokenizer.render_prompt(prompt)
-    if not negatives or len(tokenizer.encode(prompt_text)) > args.max_prompt_tokens:
+    if len(tokenizer.encode(prompt_text)) > args.max_prompt_tokens:
         return [False] * len(negatives)
     responses = [positive, *negatives]
     ids = tokenizer.encode_completions(responses, "<think>\n", [prompt_text] * len(responses))
@@ -234,7 +241,8 @@ def pairs_fit(tokenizer: Tokenizer, prompt: list[dict], positive: str, negatives
 
 
 def decontaminate(args: argparse.Namespace) -> None:
-    """Copies JSONL files without the rows whose problem shares an n-gram of words with an evaluation problem."""
+    """Copies JSONL files without the rows whose problem shares an n-gram of words with an evaluation problem.
+    """
     from redi.data import read_jsonl  # here, not above: it imports torch, which worker processes do without
 
     names = [Path(path).name for path in args.input]
@@ -248,8 +256,9 @@ def decontaminate(args: argparse.Namespace) -> None:
             problem = row.get("problem", row.get("question"))
             if not isinstance(problem, str):
                 raise ValueError(f"{path}, line {number}: no text under 'problem' or 'question'")
+            problem_id = str(row.get("id", f"line {number}"))
             for ngram in word_ngrams(problem, args.ngram):
-                benchmarks.setdefault(ngram, {}).setdefault(Path(path).stem, str(row.get("id", f"line {number}")))
+                benchmarks.setdefault(ngram, {}).setdefault(Path(path).stem, problem_id)
         if not rows:
             raise ValueError(f"{path}: no rows")
 
@@ -277,15 +286,17 @@ def decontaminate(args: argparse.Namespace) -> None:
                     for benchmark, (ngram, problem_id) in hits.items():
                         counts["dropped_by_benchmark"][benchmark] += 1
                         if counts["dropped_by_benchmark"][benchmark] <= args.examples:
-                            report["examples"].append({"file": name, "line": number, "benchmark": benchmark,
-                                                       "id": problem_id, "ngram": ngram, "problem": problem[:300]})
+                            report["examples"].append({
+                                "file": name, "line": number, "benchmark": benchmark, "id": problem_id,
+                                "ngram": ngram, "problem": problem[:300]})
             if not counts["read"]:
                 raise ValueError(f"{path}: no rows")
             report["files"][name] = counts
         (directory / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     for name, counts in report["files"].items():
-        by_benchmark = ", ".join(f"{benchmark} {n}" for benchmark, n in counts["dropped_by_benchmark"].items())
-        print(f"{name}: {counts['kept']:,} of {counts['read']:,} rows kept, {counts['dropped']:,} dropped ({by_benchmark})")
+        dropped = ", ".join(f"{benchmark} {n}" for benchmark, n in counts["dropped_by_benchmark"].items())
+        print(f"{name}: {counts['kept']:,} of {counts['read']:,} rows kept, {counts['dropped']:,} dropped "
+              f"({dropped})")
     for example in report["examples"]:
         print(f"  {example['file']}, line {example['line']} = {example['benchmark']} {example['id']}: "
               f"\"{example['ngram']}\"")
@@ -293,8 +304,8 @@ def decontaminate(args: argparse.Namespace) -> None:
 
 
 def word_ngrams(text: str, n: int) -> Iterator[str]:
-    """Every run of n words, after Unicode normalisation, without case and punctuation; the whole of a text that has
-    fewer words."""
+    """Every run of n words, after Unicode normalisation, without case and punctuation; a text that has fewer
+    words is one run."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
     for start in range(max(1, len(words) - n + 1)):
         yield " ".join(words[start:start + n])
@@ -327,11 +338,12 @@ def benchmarks(args: argparse.Namespace) -> None:
                 try:
                     require(row, problem_column, answer_column)
                     problem, answer = row[problem_column], answer_text(row[answer_column])
-                    if isinstance(answer, list):  # OlympiadBench: one string holds all the values; all are asked for
+                    if isinstance(answer, list):  # OlympiadBench: all the values are asked for
                         answer = ", ".join(answer)
                     if not (isinstance(problem, str) and problem.strip() and answer):
                         raise ValueError("the problem or the answer is empty")
-                    lines.append(json_line({"id": f"{name}-{len(lines)}", "problem": problem, "answer": answer}))
+                    problem_id = f"{name}-{len(lines)}"
+                    lines.append(json_line({"id": problem_id, "problem": problem, "answer": answer}))
                 except ValueError as error:
                     raise ValueError(f"{place}: {error}") from None
             if len(lines) != size:
@@ -354,9 +366,9 @@ def toy(args: argparse.Namespace) -> None:
 def input_files(path_or_hub_id: str) -> tuple[list[Path], int | None]:
     """The files behind --input, and how many rows they hold where that is known beforehand (parquet).
 
-    A file; or a directory or dataset on the hub: the parquet files in it, else the JSONL files, and of a repository
-    that keeps several configurations the default one, which lies in data/. Every parquet file is opened, so that a
-    broken shard is found before the work begins. Raises ValueError."""
+    A file; or a directory or dataset on the hub: the parquet files in it, else the JSONL files, and of a
+    repository that keeps several configurations the default one, which lies in data/. Every parquet file is
+    opened, so that a broken shard is found before the work begins. Raises ValueError."""
     path = Path(path_or_hub_id)
     if path.exists() and not path.is_dir():
         files = [path]
@@ -382,7 +394,7 @@ def input_files(path_or_hub_id: str) -> tuple[list[Path], int | None]:
 
 
 def read_rows(files: list[Path]) -> Iterator[tuple[str, dict]]:
-    """(place, row) of every row, where place is "FILE, row N" or "FILE, line N". Raises ValueError naming it."""
+    """(place, row) of every row; a place is "FILE, row N" or "FILE, line N". Raises ValueError naming it."""
     from redi.data import read_jsonl  # here, not above: it imports torch, which worker processes do without
 
     for file in files:
@@ -414,19 +426,20 @@ def read_parquet(file: Path) -> Iterator[dict]:
     import pyarrow
 
     with open_parquet(file) as parquet:
-        columns = [name for name in parquet.schema_arrow.names if name in COLUMNS]
+        found = parquet.schema_arrow.names
+        columns = [name for name in found if name in COLUMNS]
         if not columns:
-            raise ValueError(f"{file}: no column that is known here (found {', '.join(parquet.schema_arrow.names)})")
+            raise ValueError(f"{file}: no column that is known here (found {', '.join(found)})")
         try:
             for batch in parquet.iter_batches(batch_size=CHUNK_ROWS, columns=columns):
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: a damaged parquet file, or text that is not UTF-8 ({one_line(error)})") from None
+            raise ValueError(f"{file}: damaged, or text that is not UTF-8 ({one_line(error)})") from None
 
 
 def one_row_per_problem(rows: Iterator[tuple[str, dict]], directory: Path) -> Iterator[tuple[str, dict]]:
-    """Rows of one generation each, brought together by problem and answer, in the order in which the problems first
-    appear; rows that have `generations` already pass as they are. They wait in a file, not in memory."""
+    """Rows of one generation each, brought together by problem and answer, in the order in which the problems
+    first appear; rows that have `generations` pass as they are. They wait in a file, not in memory."""
     first = next(rows)
     rows = itertools.chain([first], rows)
     key = next((key for key in ("generation", "response") if key in first[1]), None)
@@ -437,20 +450,22 @@ def one_row_per_problem(rows: Iterator[tuple[str, dict]], directory: Path) -> It
     database = sqlite3.connect(path, isolation_level=None)
     try:
         database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
-                               "CREATE TABLE rows (number INTEGER PRIMARY KEY, problem BLOB, place TEXT, row TEXT);")
+                               "CREATE TABLE rows (number INTEGER PRIMARY KEY, problem, place, row);")
         database.execute("BEGIN")
         for place, row in rows:
             try:
                 require(row, "problem", "answer", key)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
-            problem = hashlib.blake2b(json.dumps([row["problem"], row["answer"]]).encode(), digest_size=16).digest()
+            problem = digest(json.dumps([row["problem"], row["answer"]]))
             row = json.dumps({name: value for name, value in row.items() if name in COLUMNS})
             database.execute("INSERT INTO rows (problem, place, row) VALUES (?, ?, ?)", (problem, place, row))
         database.execute("CREATE INDEX by_problem ON rows (problem, number)")
         database.execute("COMMIT")
-        for problem, _ in database.execute("SELECT problem, MIN(number) FROM rows GROUP BY problem ORDER BY 2"):
-            same = database.execute("SELECT place, row FROM rows WHERE problem = ? ORDER BY number", (problem,))
+        problems = database.execute("SELECT problem, MIN(number) FROM rows GROUP BY problem ORDER BY 2")
+        for problem, _ in problems:
+            same = database.execute("SELECT place, row FROM rows WHERE problem = ? ORDER BY number",
+                                    [problem])
             (place, row), *others = ((place, json.loads(row)) for place, row in same)
             yield place, {**row, "generations": [row.get(key), *(other.get(key) for _, other in others)]}
     except sqlite3.Error as error:
@@ -476,14 +491,15 @@ def in_chunks(rows: Iterator[tuple[str, dict]]) -> Iterator[list[tuple[str, dict
 
 
 def in_parallel(function: Callable, args: argparse.Namespace, chunks: Iterable, processes: int) -> Iterator:
-    """function(args, chunk) for every chunk, in order, on `processes` processes; few chunks are held at a time."""
+    """function(args, chunk) for every chunk, in order, by `processes`; few chunks are held at a time."""
     chunks = iter(chunks)
     first = list(itertools.islice(chunks, 2))
     chunks = itertools.chain(first, chunks)
     if processes == 1 or len(first) < 2:
         yield from map(functools.partial(function, args), chunks)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent)
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(processes, spawn, end_with_parent)
     pending = collections.deque()
     try:
         for chunk in chunks:
@@ -515,18 +531,18 @@ def load_tokenizer(directory: str) -> Tokenizer:
 
 @contextlib.contextmanager
 def new_directory(output: str, overwrite: bool, names: Iterable[str]) -> Iterator[Path]:
-    """A hidden directory beside `output`, which takes that name when the block ends well and is removed when not.
+    """A hidden directory beside `output` that takes its name when the block ends well, and else is removed.
 
-    `names`: the files that the block writes, which `overwrite` may replace. Raises ValueError when output holds
-    something else, or another run is writing it."""
+    `names`: the files that the block writes, which `overwrite` may replace. Raises ValueError when output
+    holds something else, or another run is writing it."""
     output = Path(output).absolute()
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: expected a directory, found a file")
     present = sorted(path.name for path in output.iterdir()) if output.exists() else []
     if present and not overwrite:
-        raise ValueError(f"{output} already holds {present[0]}: choose another --output, or replace it by --overwrite")
+        raise ValueError(f"{output} already holds {present[0]}: choose another --output, or --overwrite it")
     if foreign := [name for name in present if name not in names]:
-        raise ValueError(f"{output} holds {foreign[0]}, which this command does not write: choose another --output")
+        raise ValueError(f"{output} holds {foreign[0]}, which is not this command's: choose another --output")
     partial = output.with_name(f".{output.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
@@ -571,15 +587,19 @@ def require(row: dict, *names: str) -> None:
 def row_id(row: dict) -> str:
     """The row's own id, else one made of its problem."""
     own = next((row[name] for name in ("id", "uuid", "unique_id") if row.get(name) not in (None, "")), None)
-    return str(own) if own is not None else hashlib.blake2b(row["problem"].encode(), digest_size=8).hexdigest()
+    return str(own) if own is not None else digest(row["problem"])
+
+
+def digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def answer_text(answer) -> str | list[str]:
-    """A gold answer as text, or several as a list of texts; "" or [] for none. 142.0 is 142. Raises ValueError."""
+    """A gold answer as text, or several as a list of texts; "" or [] for none. Raises ValueError."""
     if isinstance(answer, list):
         texts = [answer_text(one) for one in answer]
         return texts[0] if len(texts) == 1 else [text for text in texts if text]
-    if isinstance(answer, float) and math.isfinite(answer) and answer == int(answer):
+    if isinstance(answer, float) and answer.is_integer():  # AMC's answers are floats in the file: 142.0
         answer = int(answer)
     if answer is not None and not isinstance(answer, (str, int, float)):
         raise ValueError(f"'answer' must be a string or a list of strings, found {type(answer).__name__}")
@@ -602,15 +622,17 @@ def json_line(row: dict) -> bytes:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def add(name, function, **defaults):
-        command = commands.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__,
+        summary = function.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=summary,
                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(command=function, **defaults)
         command.add_argument("--output", required=True, metavar="DIR", help="a new or empty directory")
-        command.add_argument("--overwrite", action="store_true", help="replace what this command wrote there before")
+        command.add_argument("--overwrite", action="store_true", help="replace what this command wrote there")
         return command
 
     openr1 = add("openr1", prepare, judge=judge_openr1)
@@ -619,20 +641,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     traces = add("traces", prepare, judge=judge_trace)
     for command, excluded in ((openr1, ["cn_k12"]), (traces, [])):
         command.add_argument("--input", required=True, metavar="PATH",
-                             help="rows of problem, generations, …: a .parquet or .jsonl file, a directory, or a hub id")
-        command.add_argument("--exclude-sources", nargs="*", default=excluded, metavar="SOURCE", help="sources left out")
+                             help="rows: a .parquet or .jsonl file, a directory of them, or a hub id")
+        command.add_argument("--exclude-sources", nargs="*", default=excluded, metavar="SOURCE",
+                             help="sources left out")
         command.add_argument("--pairs-per-problem", type=positive_int, default=1, metavar="N",
                              help="pairs at most, each of the positive and another negative")
-        command.add_argument("--negatives", choices=("first", "shortest", "longest", "random"), default="first",
-                             help="which incorrect generations (lengths in characters)")
+        command.add_argument("--negatives", choices=("first", "shortest", "longest", "random"),
+                             default="first", help="which incorrect generations (lengths in characters)")
         command.add_argument("--truncated", choices=("incorrect", "drop"), default="incorrect",
-                             help="a generation without a closed \\boxed{} is judged like any other, or left out")
+                             help="a generation without a closed \\boxed{}: incorrect, or left out")
         command.add_argument("--seed", type=int, default=0, help="of --negatives random")
         command.add_argument("--prompt-template", choices=tuple(PROMPT_TEMPLATES), default="none",
                              help="what the problem is wrapped in")
-        command.add_argument("--system-prompt", metavar="TEXT", help="put before every problem as a system message")
+        command.add_argument("--system-prompt", metavar="TEXT", help="a system message before every problem")
         command.add_argument("--tokenizer", metavar="PATH",
-                             help="model directory or hub id; with it, pairs over the limits below are left out")
+                             help="model directory or hub id: pairs over the limits below are left out")
         command.add_argument("--max-prompt-tokens", type=positive_int, default=800, metavar="TOKENS",
                              help="of a pair's prompt, as the chat template renders it")
         command.add_argument("--max-response-tokens", type=positive_int, default=19000, metavar="TOKENS",
@@ -643,12 +666,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command = add("decontaminate", decontaminate)
     command.add_argument("--input", required=True, nargs="+", metavar="FILE", help="training JSONL files")
     command.add_argument("--against", required=True, nargs="+", metavar="FILE", help="problems JSONL files")
-    command.add_argument("--ngram", type=positive_int, default=8, metavar="WORDS", help="words in a row that count")
-    command.add_argument("--examples", type=int, default=3, metavar="N", help="examples shown per file and benchmark")
+    command.add_argument("--ngram", type=positive_int, default=8, metavar="WORDS", help="words in a row")
+    command.add_argument("--examples", type=int, default=3, metavar="N", help="shown per file and benchmark")
 
     command = add("benchmarks", benchmarks)
-    command.add_argument("--only", nargs="+", choices=[name for name, *_ in BENCHMARKS], help="these and no others")
-    command.add_argument("--mirror", metavar="DIR", help="read DIR/HuggingFaceH4/MATH-500/… instead of the hub")
+    command.add_argument("--only", nargs="+", choices=[name for name, *_ in BENCHMARKS], help="these alone")
+    command.add_argument("--mirror", metavar="DIR", help="read DIR/HuggingFaceH4/MATH-500/…, not the hub")
 
     command = add("toy", toy)
     command.add_argument("--seed", type=int, default=0, help="of the problems and the teacher's traces")

@@ -1,7 +1,7 @@
 """Text to token ids and back: `tokenizer.json`, chat templates, prompts with a forced start of the answer.
 
-A prompt and its completion are encoded apart, and a forced prefill apart from what follows it. So the ids a model
-is trained on are the ids it sees when it is evaluated, whatever pieces of text a tokenizer would like to merge.
+A prompt and its completion are encoded apart, and a forced prefill apart from what follows it. So the ids
+that a model is trained on are those it sees when it is evaluated, whatever a tokenizer would like to merge.
 """
 import datetime
 import json
@@ -21,15 +21,15 @@ CHATML_TEMPLATE = (
 )
 
 # What a problem is wrapped in before it becomes the user's message, in training data and in evaluation alike.
-# "open-r1" is the evaluation template of open-r1 and lighteval (paper, Appendix C.5; MATH_QUERY_TEMPLATE in the
-# official openr1/src/open_r1/evaluate.py), both spaces after "clearly." included.
+# "open-r1" is the evaluation template of open-r1 and lighteval (paper, Appendix C.5; MATH_QUERY_TEMPLATE in
+# openr1/src/open_r1/evaluate.py of the official code), both spaces after "clearly." included.
 PROMPT_TEMPLATES = {
     "none": "{problem}",
     "open-r1": (
-        "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
-        "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without "
-        "quotes) where ANSWER is just the final number or expression that solves the problem. Think step by step "
-        "before answering.\n\n{problem}"
+        "Solve the following math problem efficiently and clearly.  The last line of your response should be "
+        "of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' "
+        "(without quotes) where ANSWER is just the final number or expression that solves the problem. Think "
+        "step by step before answering.\n\n{problem}"
     ),
 }
 
@@ -45,10 +45,10 @@ def user_message(problem: str, prompt_template: str = "none") -> dict:
 
 
 def resolve_directory(path_or_hub_id: str | Path, patterns: list[str], repo_type: str = "model") -> Path:
-    """A local directory as it is; otherwise a Hugging Face hub id, of which the files that match `patterns` (globs)
-    are downloaded into the hub's cache.
+    """A local directory as it is; otherwise a Hugging Face hub id, of which the files that match `patterns`
+    (globs) are downloaded into the hub's cache.
 
-    Raises ValueError when there is neither such a directory nor such a repository (or the hub is out of reach).
+    Raises ValueError when there is no such directory, and no such repository or no way to the hub.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
@@ -61,8 +61,8 @@ def resolve_directory(path_or_hub_id: str | Path, patterns: list[str], repo_type
         return Path(snapshot_download(str(path_or_hub_id), repo_type=repo_type, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # every error of huggingface_hub is one of the two
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path_or_hub_id}: no such directory, and the Hugging Face hub gave no {repo_type} of that "
-                         f"name ({type(error).__name__}: {reason[:300]})") from None
+        raise ValueError(f"{path_or_hub_id}: no such directory, and the Hugging Face hub gave no {repo_type} "
+                         f"of that name ({type(error).__name__}: {reason[:300]})") from None
 
 
 class Tokenizer:
@@ -74,8 +74,9 @@ class Tokenizer:
     end_of_text_id: the other token that ends a text, or None; stop_ids: every id at which sampling must stop
     """
 
-    def __init__(self, directory: Path, tokenizer, chat_template: str | None, special_tokens: dict, eos_ids: list):
-        """`tokenizer`: tokenizers.Tokenizer; `special_tokens`: what a template may use ("eos_token": "</s>", …);
+    def __init__(self, directory: Path, tokenizer, chat_template: str | None, special_tokens: dict[str, str],
+                 eos_ids: list[int]):
+        """`tokenizer`: tokenizers.Tokenizer; `special_tokens`: what a template may use ("eos_token": "</s>");
         `eos_ids`: ids that the model's own files say end a text, in their order."""
         self.directory = Path(directory)
         self.chat_template = CHATML_TEMPLATE if chat_template is None else chat_template
@@ -89,7 +90,8 @@ class Tokenizer:
         if chat_template is not None:
             _try_template_in_child(request, self.directory)
         self._template = _compile_template(self.chat_template)
-        _, answer, turn_end = self._render(_SENTINEL_CONVERSATION, add_generation_prompt=False).rpartition(SENTINEL)
+        conversation = self._render(_SENTINEL_CONVERSATION, add_generation_prompt=False)
+        _, answer, turn_end = conversation.rpartition(SENTINEL)
         special_ids = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         named = [tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")]
         eos_ids = [id for id in (*eos_ids, *named) if id is not None]
@@ -97,16 +99,16 @@ class Tokenizer:
         self.end_of_turn_id = next((id for id in turn_end_ids if id in special_ids), None)
         if self.end_of_turn_id is None:
             if not eos_ids:
-                raise ValueError(f"{self.directory}: neither the chat template nor tokenizer_config.json (eos_token) "
-                                 "names a special token that ends an answer")
+                raise ValueError(f"{self.directory}: neither the chat template nor tokenizer_config.json "
+                                 "(eos_token) names a special token that ends an answer")
             self.end_of_turn_id = eos_ids[0]
         self.end_of_text_id = next((id for id in eos_ids if id != self.end_of_turn_id), None)
         self.stop_ids = list(dict.fromkeys([self.end_of_turn_id, *eos_ids]))
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> "Tokenizer":
-        """Reads a model directory, or downloads a hub repository's tokenizer. Raises ValueError naming the file."""
-        from tokenizers import Tokenizer as FastTokenizer  # not at the top: the template's child has no use for it
+        """Reads a model directory, or a repository on the hub. Raises ValueError naming the file."""
+        from tokenizers import Tokenizer as FastTokenizer  # here: the template's child has no use for it
 
         directory = resolve_directory(path_or_hub_id, TOKENIZER_FILES)
         if not (directory / "tokenizer.json").is_file():
@@ -128,8 +130,8 @@ class Tokenizer:
         if "eos_token" in special_tokens:
             eos_ids.append(tokenizer.token_to_id(special_tokens["eos_token"]))
             if eos_ids[0] is None:
-                raise ValueError(f"{directory / 'tokenizer_config.json'}: eos_token {special_tokens['eos_token']!r} "
-                                 "is not in tokenizer.json")
+                raise ValueError(f"{directory / 'tokenizer_config.json'}: eos_token "
+                                 f"{special_tokens['eos_token']!r} is not in tokenizer.json")
         for name in ("generation_config.json", "config.json"):
             ids = _read_json_object(directory / name).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
@@ -147,7 +149,7 @@ class Tokenizer:
         return cls(directory, tokenizer, template, special_tokens, eos_ids)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text and nothing else: no special token is added; those written in the text are parsed.
+        """Token ids of the text: no special token is added, those written in the text are parsed.
         Raises ValueError for text that UTF-8 cannot hold."""
         return self.encode_batch([text])[0]
 
@@ -164,15 +166,16 @@ class Tokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def render_prompt(self, messages: list[dict], system_prompt: str | None = None) -> str:
-        """The conversation as text, up to where the assistant begins to answer. `system_prompt` takes the place of
-        the system message; None leaves the messages, or the template's default, as they are.
+        """The conversation as text, up to where the assistant begins to answer. `system_prompt` takes the
+        place of the system message; None leaves the messages, or the template's default, as they are.
         Raises ValueError when the template refuses the messages."""
         if system_prompt is not None:
             rest = messages[1:] if messages and messages[0].get("role") == "system" else messages
             messages = [{"role": "system", "content": system_prompt}, *rest]
         return self._render(messages, add_generation_prompt=True)
 
-    def encode_prompt(self, messages: list[dict], system_prompt: str | None = None, prefill: str = "") -> list[int]:
+    def encode_prompt(self, messages: list[dict], system_prompt: str | None = None,
+                      prefill: str = "") -> list[int]:
         """Ids of the rendered prompt, then of the `prefill` that the answer is made to begin with, unless the
         template has put it there already."""
         prompt_text = self.render_prompt(messages, system_prompt)
@@ -181,9 +184,9 @@ class Tokenizer:
         return self.encode(prompt_text) + self.encode(prefill)
 
     def encode_completion(self, text: str, prefill: str = "<think>\n", prompt_text: str = "") -> list[int]:
-        """Ids of an assistant's text after the rendered prompt `prompt_text`, without the end of turn. A text that
-        begins with `prefill` is encoded in two parts, so that encode_prompt(…, prefill) and what is sampled after it
-        are the ids trained on; where the prompt ends with the prefill, that part is left out."""
+        """Ids of an assistant's text after the rendered prompt `prompt_text`, without the end of turn. A text
+        that begins with `prefill` is encoded in two parts, so that encode_prompt(…, prefill) and what is
+        sampled after it are the ids trained on. Where the prompt ends with the prefill, it is left out."""
         return self.encode_completions([text], prefill, [prompt_text])[0]
 
     def encode_completions(self, texts: list[str], prefill: str, prompt_texts: list[str]) -> list[list[int]]:
@@ -200,14 +203,14 @@ class Tokenizer:
         try:
             return _render_template(self._template, messages, self._special_tokens, add_generation_prompt)
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.directory}: the chat template cannot render these messages: {error}") from None
+            raise ValueError(f"{self.directory}: the chat template refuses these messages: {error}") from None
 
 
 _SENTINEL_CONVERSATION = [{"role": "user", "content": "question"}, {"role": "assistant", "content": SENTINEL}]
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}, which marks an assistant's text for some trainers: here its content."""
+    """{% generation %} … {% endgeneration %}, which marks an assistant's text for trainers: its content."""
     tags = {"generation"}
 
     def parse(self, parser):
@@ -216,12 +219,12 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 def _compile_template(source: str) -> jinja2.Template:
-    """A chat template in the environment that templates are written for (that of transformers), in a sandbox."""
+    """A chat template in a sandbox with what templates are written for, the environment of transformers."""
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # jinja2's escapes HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def tojson(value, ensure_ascii=False, **options):  # jinja2's own escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
@@ -237,20 +240,22 @@ def _render_template(template: jinja2.Template, messages, special_tokens, add_ge
 
 
 def _try_template_in_child(request: dict, directory: Path) -> None:
-    """Compiles and renders a template from a file in a process of its own, limited in time and memory, before this
-    process does: a template may loop for ever, or ask for more memory than there is (constants are computed while
-    it is compiled). Takes about 0.1 s. Raises ValueError."""
+    """Compiles and renders a template from a file in a process of its own, limited in time and memory, before
+    this process does: a template may loop for ever, or ask for more memory than there is (constants are
+    computed while it is compiled). Takes about 0.1 s. Raises ValueError."""
+    wall_seconds = 4 * TEMPLATE_SECONDS  # on a busy machine; the child's own limit is CPU time
     command = [sys.executable, "-P", __file__]  # -P: modules beside this file must not shadow the libraries'
     try:
         child = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True,
-                               timeout=4 * TEMPLATE_SECONDS)  # the limit in the child is CPU time; this one is in case
+                               timeout=wall_seconds)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{directory}: the chat template did not finish in {4 * TEMPLATE_SECONDS} s") from None
+        raise ValueError(f"{directory}: the chat template did not finish in {wall_seconds} s") from None
     if child.returncode < 0:
-        raise ValueError(f"{directory}: the chat template used more than {TEMPLATE_SECONDS} s for two short messages")
+        raise ValueError(f"{directory}: the chat template took {TEMPLATE_SECONDS} s for two short messages")
     if child.returncode:
-        reason = (child.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("jinja2.exceptions.")
-        raise ValueError(f"{directory}: the chat template cannot be rendered ({reason[:300]})")
+        reason = (child.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = reason.removeprefix("jinja2.exceptions.")[:300]
+        raise ValueError(f"{directory}: the chat template cannot be rendered ({reason})")
 
 
 def _render_in_child() -> None:
@@ -260,8 +265,9 @@ def _render_in_child() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (TEMPLATE_BYTES, TEMPLATE_BYTES))
     request = json.load(sys.stdin)
     template = _compile_template(request["template"])
-    for messages, add_generation_prompt in ((_SENTINEL_CONVERSATION[:1], True), (_SENTINEL_CONVERSATION, False)):
-        text = _render_template(template, messages, request["special_tokens"], add_generation_prompt)
+    for messages in (_SENTINEL_CONVERSATION[:1], _SENTINEL_CONVERSATION):
+        text = _render_template(template, messages, request["special_tokens"],
+                                add_generation_prompt=len(messages) == 1)
         if len(text) > TEMPLATE_CHARACTERS:
             raise ValueError(f"{len(text)} characters for two short messages")
 

@@ -16,15 +16,15 @@ import prepare_data
 from redi.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-OPENR1_COUNTS = ["read", "invalid_problem", "excluded_source", "no_problem", "no_generations", "mismatched_verdicts",
-                 "no_correct", "positives", "pairs", "too_long"]
+OPENR1_COUNTS = ["read", "invalid_problem", "excluded_source", "no_problem", "no_generations",
+                 "mismatched_verdicts", "no_correct", "positives", "pairs", "too_long"]
 
 
 def run_command(*arguments, limit_bytes=None, **environment) -> subprocess.CompletedProcess:
     limit = limit_bytes and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes)))
-    return subprocess.run([sys.executable, ROOT / "prepare_data.py", *map(str, arguments)], capture_output=True,
-                          text=True, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-                          preexec_fn=limit)
+    return subprocess.run([sys.executable, ROOT / "prepare_data.py", *map(str, arguments)], timeout=120,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", **environment}, preexec_fn=limit,
+                          capture_output=True, text=True)
 
 
 def prepare(*arguments) -> Path:
@@ -35,7 +35,7 @@ def prepare(*arguments) -> Path:
 
 def assert_refused(result, output: Path, *parts) -> None:
     """One sentence, a failure's exit status, and nothing left that could be taken for data."""
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result
+    assert result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     for part in parts:
         assert str(part) in result.stderr
     assert not output.exists() and not list(output.parent.glob(f".{output.name}*"))
@@ -48,7 +48,8 @@ def assert_raises(*arguments, parts) -> None:
         prepare(*arguments)
     for part in parts:
         assert str(part) in str(error.value)
-    assert "\n" not in str(error.value) and not output.exists() and not list(output.parent.glob(f".{output.name}*"))
+    assert "\n" not in str(error.value)
+    assert not output.exists() and not list(output.parent.glob(f".{output.name}*"))
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -80,8 +81,8 @@ def trace_row(**changes) -> dict:
 def test_openr1_counts_on_parquet_shards(tmp_path, shared_data):
     pytest.importorskip("pyarrow", reason="reading parquet needs pyarrow (tests/requirements.txt)")
     for processes in (1, 2):
-        result = run_command("openr1", "--input", shared_data / "traces", "--output", tmp_path / str(processes),
-                             "--processes", processes)
+        result = run_command("openr1", "--input", shared_data / "traces", "--processes", processes,
+                             "--output", tmp_path / str(processes))
         assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "1" / "report.json").read_text())
     expected = json.loads((shared_data / "traces" / "expected_counts.json").read_text())
@@ -107,11 +108,11 @@ def test_openr1_on_real_jsonl_rows_against_the_rule_written_out(tmp_path, shared
         bad = [text for text, a, b in zip(generations, llama, math) if not (a and b)]
         positives += [(row["problem"], good[0])] if good else []
         pairs += [(row["problem"], good[0], bad[0])] if good and bad else []
-    written = read_rows(tmp_path / "out" / "positives.jsonl")
-    assert [(r["prompt"][0]["content"], r["completion"][0]["content"]) for r in written] == positives
-    written = read_rows(tmp_path / "out" / "pairs.jsonl")
-    assert [(r["prompt"][0]["content"], r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in written] == pairs
-    assert len(pairs) > 50 and written[0]["chosen"][0]["content"].startswith(THINK)
+    for name, columns, expected in (("positives.jsonl", ("prompt", "completion"), positives),
+                                    ("pairs.jsonl", ("prompt", "chosen", "rejected"), pairs)):
+        written = read_rows(tmp_path / "out" / name)
+        assert [tuple(row[column][0]["content"] for column in columns) for row in written] == expected
+    assert len(pairs) > 50 and pairs[0][1].startswith(THINK)
 
 
 def test_openr1_outcome_of_every_kind_of_row(tmp_path):
@@ -137,9 +138,10 @@ def test_openr1_outcome_of_every_kind_of_row(tmp_path):
     pairs = read_rows(tmp_path / "out" / "pairs.jsonl")
     assert pairs[0] == {"prompt": [{"role": "user", "content": "1 + 1?"}],
                         "chosen": [{"role": "assistant", "content": solution(2)}],
-                        "rejected": [{"role": "assistant", "content": solution(3)}], "id": "u-1", "source": "olympiads"}
+                        "rejected": [{"role": "assistant", "content": solution(3)}],
+                        "id": "u-1", "source": "olympiads"}
     made_up = read_rows(tmp_path / "out" / "positives.jsonl")[1]["id"]
-    assert made_up == pairs[1]["id"] and len(made_up) == 16
+    assert made_up == pairs[1]["id"] and len(made_up) == 24
 
 
 def test_pairs_over_the_limits_in_tokens_are_dropped(tmp_path):
@@ -148,7 +150,8 @@ def test_pairs_over_the_limits_in_tokens_are_dropped(tmp_path):
     prompt = len(tokenizer.encode_prompt([{"role": "user", "content": texts[0]}]))
     chosen, rejected = (len(tokenizer.encode_completion(text)) + 1 for text in texts[1:])  # + <|im_end|>
     rows = write_rows(tmp_path / "rows.jsonl", [
-        openr1_row(), openr1_row(problem=texts[0] + "?"), openr1_row(generations=[texts[2] + "!", *texts[1:]]),
+        openr1_row(), openr1_row(problem=texts[0] + "?"),
+        openr1_row(generations=[texts[2] + "!", *texts[1:]]),
         openr1_row(generations=[texts[2], texts[1] + "!", texts[2]])])
     out = tmp_path / "out"
     prepare("openr1", "--input", rows, "--output", out, "--tokenizer", tokenizer.directory,
@@ -181,8 +184,8 @@ def test_openr1_220k_layout_and_single_verdicts(tmp_path):
 
 
 def test_traces_get_verdicts_from_the_checker(tmp_path):
-    rows = [trace_row(), trace_row(id="t-2", answer=["7", 2]), trace_row(id="t-3", answer=9), trace_row(answer=None),
-            trace_row(id=None, generations=[solution(2)]), trace_row(answer=2.0)]
+    rows = [trace_row(), trace_row(id="t-2", answer=["7", 2]), trace_row(id="t-3", answer=9),
+            trace_row(answer=None), trace_row(id=None, generations=[solution(2)]), trace_row(answer=2.0)]
     path = write_rows(tmp_path / "rows.jsonl", rows * 30)  # three chunks
     result = run_command("traces", "--input", path, "--output", tmp_path / "2", "--processes", 2)
     assert result.returncode == 0, result.stderr
@@ -209,15 +212,17 @@ def test_traces_of_one_generation_a_row_are_grouped(tmp_path):
     whole = [{"problem": p, "answer": str(int(p[0]) + 1), "generations": texts, "source": "own"}
              for p, texts in grouped.items()]
     prepare("traces", "--input", write_rows(tmp_path / "whole.jsonl", whole), "--output", tmp_path / "whole")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "positives.jsonl", "report.json"]
-    for name in ("pairs.jsonl", "positives.jsonl", "report.json"):
+    names = ["pairs.jsonl", "positives.jsonl", "report.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert len(read_rows(tmp_path / "out" / "positives.jsonl")) == 7
 
 
 def test_which_negatives_and_how_many(tmp_path):
     wrong = [solution(3, "mm"), solution(4, "m"), THINK + "cut off " * 9, solution(5, "mmmm")]
-    path = write_rows(tmp_path / "rows.jsonl", [trace_row(generations=[wrong[0], solution(2), *wrong[1:], wrong[0]])])
+    generations = [wrong[0], solution(2), *wrong[1:], wrong[0]]
+    path = write_rows(tmp_path / "rows.jsonl", [trace_row(generations=generations)])
 
     def rejected(*options):
         output = tmp_path / "-".join(["out", *map(str, options)])
@@ -229,12 +234,14 @@ def test_which_negatives_and_how_many(tmp_path):
 
     assert rejected() == [0]
     assert rejected("--pairs-per-problem", 9) == [0, 1, 2, 3]  # the repeated one once
-    assert rejected("--pairs-per-problem", 2, "--negatives", "shortest") == [1, 0]
-    assert rejected("--pairs-per-problem", 2, "--negatives", "longest") == [2, 3]
-    assert rejected("--pairs-per-problem", 2, "--negatives", "longest", "--truncated", "drop") == [3, 0]
-    draws = [rejected("--pairs-per-problem", 4, "--negatives", "random", "--seed", seed) for seed in (0, 1)]
+    two = ("--pairs-per-problem", 2)
+    assert rejected(*two, "--negatives", "shortest") == [1, 0]
+    assert rejected(*two, "--negatives", "longest") == [2, 3]
+    assert rejected(*two, "--negatives", "longest", "--truncated", "drop") == [3, 0]
+    at_random = ("--pairs-per-problem", 4, "--negatives", "random", "--seed")
+    draws = [rejected(*at_random, seed) for seed in (0, 1)]
     assert draws[0] != draws[1] and sorted(draws[0]) == sorted(draws[1]) == [0, 1, 2, 3]
-    assert rejected("--pairs-per-problem", 4, "--negatives", "random", "--seed", 0, "--processes", 1) == draws[0]
+    assert rejected(*at_random, 0, "--processes", 1) == draws[0]
 
 
 @pytest.mark.parametrize("template", [None, QWEN_TEMPLATE, THINKING_TEMPLATE])
@@ -254,18 +261,21 @@ def test_prepared_training_text_begins_with_the_evaluation_prompt(tmp_path, temp
 
 def test_decontaminate(tmp_path):
     words = "Let the positive integers n and m satisfy the equation below; find their sum."
-    against = write_rows(tmp_path / "bench.jsonl", [{"id": "b-0", "problem": words, "answer": "1"},
-                                                    {"id": "b-1", "problem": "Compute $\\tan 225^\\circ$.", "answer": "1"}])
-    other = write_rows(tmp_path / "other.jsonl", [{"question": "an entirely different one that has nothing in common"}])
-    problems = ["Unrelated problem.", "LET the POSITIVE integers $n$ and $m$ satisfy\nthe EQUATION: x.",  # 9 words
-                "Let the positive integers n and m behave, then satisfy the equation below.",  # 7 words in a row
+    against = write_rows(tmp_path / "bench.jsonl", [
+        {"id": "b-0", "problem": words, "answer": "1"},
+        {"id": "b-1", "problem": "Compute $\\tan 225^\\circ$.", "answer": "1"}])
+    other = write_rows(tmp_path / "other.jsonl", [{"question": "another one that has nothing in common"}])
+    problems = ["Unrelated problem.",
+                "LET the POSITIVE integers $n$ and $m$ satisfy\nthe EQUATION: x.",  # 10 words in a row
+                "Let the positive integers n and m behave, then satisfy the equation below.",  # 7 words
                 "compute tan 225 circ", "Compute tan 225 circ again"]
-    rows = [{"prompt": [{"role": "system", "content": words}, {"role": "user", "content": p}],
-             "completion": [{"role": "assistant", "content": "ü " + words}], "id": n} for n, p in enumerate(problems)]
+    rows = [{"prompt": [{"role": "system", "content": words}, {"role": "user", "content": problem}],
+             "completion": [{"role": "assistant", "content": "ü " + words}]} for problem in problems]
     first = write_rows(tmp_path / "positives.jsonl", rows)
     second = write_rows(tmp_path / "problems.jsonl", [{"problem": problems[1]}, {"problem": problems[0]}])
     out = tmp_path / "out"
-    result = run_command("decontaminate", "--input", first, second, "--against", against, other, "--output", out)
+    result = run_command("decontaminate", "--input", first, second, "--output", out,
+                         "--against", against, other)
     assert result.returncode == 0, result.stderr
     assert read_rows(out / "positives.jsonl") == [rows[0], rows[2], rows[4]]
     assert read_rows(out / "problems.jsonl") == [{"problem": problems[0]}]
@@ -289,8 +299,8 @@ def test_benchmarks_from_a_mirror_in_the_layout_of_the_hub(tmp_path, shared_data
         own = shared_data / "benchmarks" / f"{name.removesuffix('_40')}.jsonl"
         folder = tmp_path / "mirror" / hub_id / "data"
         folder.mkdir(parents=True)
-        rows = [{problem: row["problem"], answer: [row["answer"]] if name == "olympiad_bench" else row["answer"],
-                 "url": ""} for row in read_rows(own)[:size]]
+        rows = [{problem: row["problem"], answer: [row["answer"]] if "olympiad" in name else row["answer"]}
+                for row in read_rows(own)[:size]]
         write_rows(folder / f"{split}-00000-of-00001.jsonl", rows)
         write_rows(folder / "extra-00000-of-00001.jsonl", [{"x": 1}])
     out = tmp_path / "out"
@@ -301,17 +311,18 @@ def test_benchmarks_from_a_mirror_in_the_layout_of_the_hub(tmp_path, shared_data
     for name in ("math500", "aime24", "amc23", "olympiad_bench"):
         expected = [{key: row[key] for key in ("id", "problem", "answer")}
                     for row in read_rows(shared_data / "benchmarks" / f"{name}.jsonl")]
-        assert [{**row, "answer": row["answer"].strip()} for row in expected] == read_rows(out / f"{name}.jsonl")
+        written = read_rows(out / f"{name}.jsonl")
+        assert [{**row, "answer": row["answer"].strip()} for row in expected] == written
 
     short = tmp_path / "mirror" / "HuggingFaceH4" / "aime_2024" / "data" / "train-00000-of-00001.jsonl"
     short.write_text("".join(short.read_text().splitlines(True)[1:]))
-    assert_raises("benchmarks", "--mirror", tmp_path / "mirror", "--output", tmp_path / "no", "--only", "aime24",
-                  parts=["aime_2024: 29 problems where aime24 has 30"])
+    assert_raises("benchmarks", "--mirror", tmp_path / "mirror", "--output", tmp_path / "no",
+                  "--only", "aime24", parts=["aime_2024: 29 problems where aime24 has 30"])
 
 
 def test_benchmarks_without_a_network(tmp_path):
     result = run_command("benchmarks", "--output", tmp_path / "out", HF_HOME=str(tmp_path / "hf"))
-    assert_refused(result, tmp_path / "out", "HuggingFaceH4/MATH-500: no such directory, and the Hugging Face hub gave no")
+    assert_refused(result, tmp_path / "out", "HuggingFaceH4/MATH-500: no such directory, and the Hugging")
 
 
 def test_benchmarks_read_parquet_and_write_whole_numbers_as_such(tmp_path):
@@ -324,7 +335,8 @@ def test_benchmarks_read_parquet_and_write_whole_numbers_as_such(tmp_path):
     rows = [{"id": n, "problem": f"{n}?", "answer": n + 0.5 * (n == 3), "url": ""} for n in range(83)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
     prepare("benchmarks", "--mirror", tmp_path / "mirror", "--output", tmp_path / "out", "--only", "amc23")
-    assert [row["answer"] for row in read_rows(tmp_path / "out" / "amc23.jsonl")][1:5] == ["1", "2", "3.5", "4"]
+    answers = [row["answer"] for row in read_rows(tmp_path / "out" / "amc23.jsonl")]
+    assert answers[1:5] == ["1", "2", "3.5", "4"]
 
 
 @pytest.mark.parametrize("content, parts", [
@@ -333,9 +345,9 @@ def test_benchmarks_read_parquet_and_write_whole_numbers_as_such(tmp_path):
     (json.dumps(trace_row()).encode() + b'\n{"problem": "\xff"}\n', ["line 2", "UTF-8"]),
     (b'{"problem": \n', ["line 1", "JSON"]),
     (b"[1]\n", ["line 1", "found list"]),
-    (b'{"question": "1?", "generations": [], "source": "s"}\n', ["line 1", "no column 'problem'", "found question"]),
-    (json.dumps(trace_row(generations="text")).encode(), ["line 1", "'generations' must be a list", "found str"]),
-    (json.dumps(trace_row(generations=["a", 1])).encode(), ["line 1", "'generations'[1] must be a string", "found int"]),
+    (b'{"question": "1?", "generations": [], "source": "s"}\n', ["line 1", "no column 'problem' (found"]),
+    (json.dumps(trace_row(generations="text")).encode(), ["line 1", "'generations' must be a list"]),
+    (json.dumps(trace_row(generations=["a", 1])).encode(), ["line 1", "'generations'[1] must be a string"]),
     (json.dumps(trace_row(problem=["a"])).encode(), ["line 1", "'problem' must be a string"]),
     (json.dumps(trace_row(generations=[solution(2, "\ud83d")])).encode(), ["line 1", "UTF-8 cannot hold"]),
 ])
@@ -345,8 +357,8 @@ def test_bad_rows_are_named_and_leave_nothing(tmp_path, content, parts):
     for command in ("traces", "openr1"):
         if command == "openr1":
             verdicts = b'{"llama_verification": [true], "math_verify_reparsed_answer": [true]}'
-            path.write_bytes(content.replace(b'"answer"', b'"problem_is_valid": "yes", "correctness": ' + verdicts
-                                             + b', "answer"'))
+            more = b'"problem_is_valid": "yes", "correctness": ' + verdicts + b', "answer"'
+            path.write_bytes(content.replace(b'"answer"', more))
         assert_raises(command, "--input", path, "--output", tmp_path / "out", parts=[path, *parts])
 
 
@@ -358,7 +370,8 @@ def test_bad_rows_are_named_and_leave_nothing(tmp_path, content, parts):
      ["a verdict must be true, false or null, found 'no'"]),
     ({key: value for key, value in openr1_row().items() if key != "correctness"},
      ["no verdicts", "'correctness_llama'", "prepare_data.py traces"]),
-    ({key: value for key, value in openr1_row().items() if key != "problem_is_valid"}, ["no column 'problem_is_valid'"]),
+    ({key: value for key, value in openr1_row().items() if key != "problem_is_valid"},
+     ["no column 'problem_is_valid'"]),
     (openr1_row(correctness=None), ["no positive in 2 rows", "mismatched_verdicts 2"]),
 ])
 def test_openr1_rows_of_another_layout(tmp_path, row, parts):
@@ -368,12 +381,12 @@ def test_openr1_rows_of_another_layout(tmp_path, row, parts):
 
 def test_inputs_that_are_not_there(tmp_path):
     out = tmp_path / "out"
-    result = run_command("openr1", "--input", "nobody/no-such-data", "--output", out, HF_HOME=str(tmp_path / "hf"))
-    assert_refused(result, out, "nobody/no-such-data: no such directory, and the Hugging Face hub gave no dataset")
+    result = run_command("openr1", "--input", "nobody/nothing", "--output", out, HF_HOME=str(tmp_path / "hf"))
+    assert_refused(result, out, "nobody/nothing: no such directory, and the Hugging Face hub gave no dataset")
     (tmp_path / "empty").mkdir()
-    assert_raises("openr1", "--input", tmp_path / "empty", "--output", out, parts=["no .parquet or .jsonl file"])
+    assert_raises("openr1", "--input", tmp_path / "empty", "--output", out, parts=["no .parquet or .jsonl"])
     (tmp_path / "rows.csv").write_text("a,b")
-    assert_raises("openr1", "--input", tmp_path / "rows.csv", "--output", out, parts=["expected a .parquet or"])
+    assert_raises("openr1", "--input", tmp_path / "rows.csv", "--output", out, parts=["expected a .parquet"])
     rows = write_rows(tmp_path / "rows.jsonl", [openr1_row()])
     assert_raises("openr1", "--input", rows, "--output", out, "--tokenizer", tmp_path / "empty",
                   parts=["no tokenizer.json"])
@@ -397,7 +410,7 @@ def test_broken_parquet(tmp_path):
         refused(folder, folder / "1.parquet", "not a whole parquet file")
     data = (tmp_path / "truncated" / "0.parquet").read_bytes()
     (tmp_path / "damaged.parquet").write_bytes(data[:20] + bytes(400) + data[420:])
-    refused(tmp_path / "damaged.parquet", "damaged.parquet: a damaged parquet file")
+    refused(tmp_path / "damaged.parquet", "damaged.parquet: damaged, or text that is not UTF-8")
     pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "none.parquet")
     refused(tmp_path / "none.parquet", "none.parquet: no rows")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "other.parquet")
@@ -405,11 +418,11 @@ def test_broken_parquet(tmp_path):
     names = ["question" if name == "problem" else name for name in table.column_names]
     pyarrow.parquet.write_table(table.rename_columns(names), tmp_path / "renamed.parquet")
     refused(tmp_path / "renamed.parquet", "renamed.parquet, row 1: no column 'problem'")
-    offsets, bytes_ = pyarrow.py_buffer((0).to_bytes(4, "little") + (2).to_bytes(4, "little")), pyarrow.py_buffer(b"\xff.")
-    not_text = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, bytes_])
-    columns = {**{name: table.column(name).chunk(0).slice(0, 1) for name in table.column_names}, "problem": not_text}
-    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "latin.parquet")
-    refused(tmp_path / "latin.parquet", "latin.parquet: a damaged parquet file, or text that is not UTF-8")
+    offsets = pyarrow.py_buffer((0).to_bytes(4, "little") + (2).to_bytes(4, "little"))
+    not_text = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, pyarrow.py_buffer(b"\xff.")])
+    columns = {name: table.column(name).chunk(0).slice(0, 1) for name in table.column_names}
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "problem": not_text}), tmp_path / "latin.parquet")
+    refused(tmp_path / "latin.parquet", "latin.parquet: damaged, or text that is not UTF-8")
 
 
 def test_hint_when_pyarrow_is_missing(tmp_path, monkeypatch):
@@ -434,7 +447,7 @@ def test_existing_output_is_kept_unless_asked_for(tmp_path):
     prepare("traces", "--input", second, "--output", out, "--overwrite")
     assert read_rows(out / "positives.jsonl")[0]["id"] == "new"
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds thesis.tex, which this command does not write"):
+    with pytest.raises(ValueError, match="holds thesis.tex, which is not this command's"):
         prepare("traces", "--input", first, "--output", out, "--overwrite")
     assert (out / "thesis.tex").exists() and not list(tmp_path.glob(".out*"))
 
@@ -450,8 +463,8 @@ def test_disk_full(tmp_path):
 def test_an_interrupted_run_leaves_no_output_and_no_process(tmp_path, stop):
     fifo, out = tmp_path / "rows.jsonl", tmp_path / "out"
     os.mkfifo(fifo)
-    command = [sys.executable, ROOT / "prepare_data.py", "traces", "--input", fifo, "--output", out, "--processes", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, ROOT / "prepare_data.py", "traces", "--input", fifo,
+                                "--output", out, "--processes", "2"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     partial = tmp_path / ".out.partial"
     while not partial.exists():
@@ -492,6 +505,7 @@ def test_few_chunks_are_held_at_a_time():
     results = prepare_data.in_parallel(pow, 2, chunks(), processes=2)  # pow(2, chunk)
     for number, result in enumerate(results):
         assert result == 2 ** number and len(taken) <= number + 6
-    rows = [("place", {"generations": ["x" * 100_000, None]})] * 100 + [("place", {"generations": None})] * 100
+    long, short = {"generations": ["x" * 100_000, None]}, {"generations": None}
+    rows = [("place", long)] * 100 + [("place", short)] * 100
     sizes = [len(chunk) for chunk in prepare_data.in_chunks(iter(rows))]
     assert sum(sizes) == 200 and max(sizes) == 64 and sizes[0] == 11

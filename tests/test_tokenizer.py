@@ -18,7 +18,8 @@ THINK = "<think>\n"
 QWEN_TEMPLATE = r"""{%- if messages[0]['role'] == 'system' %}
     {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
 {%- else %}
-    {{- '<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n' }}
+    {{- '<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.' }}
+    {{- '<|im_end|>\n' }}
 {%- endif %}
 {%- for message in messages %}
     {%- if message.role != "system" or not loop.first %}
@@ -40,7 +41,8 @@ def write_tokenizer(directory: Path, template=None, config=None) -> Path:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=330, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(["<think>\n\nOkay, so 1 + 1 is 2.\n</think>\n\nassistant\n<think>\n\n"] * 20, trainer)
+    text = "<think>\n\nOkay, so 1 + 1 is 2.\n</think>\n\nassistant\n<think>\n\n"
+    bpe.train_from_iterator([text] * 20, trainer)
     bpe.enable_truncation(3)
     bpe.enable_padding(length=16)
     directory.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,8 @@ def test_ids_and_text_without_padding_or_truncation(tmp_path):
     ids = tokenizer.encode(text)
     assert len(ids) > 16 and tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.decode(ids) == text.removesuffix("<|im_end|>")
-    assert tokenizer.encode("") == [] and tokenizer.encode_batch([text, "", "1"])[::2] == [ids, tokenizer.encode("1")]
+    assert tokenizer.encode("") == []
+    assert tokenizer.encode_batch([text, "", "1"]) == [ids, [], tokenizer.encode("1")]
     assert tokenizer.vocab_size == 299 and max(ids) < 299
     with pytest.raises(ValueError, match="UTF-8"):
         tokenizer.encode("half a pair: \ud83d")
@@ -69,7 +72,8 @@ def test_built_in_chatml_and_the_tokens_that_stop(tmp_path):
     messages = [user_message("1 + 1?")]
     assert tokenizer.chat_template == CHATML_TEMPLATE
     assert tokenizer.render_prompt(messages) == "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.render_prompt(messages, "Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    own = tokenizer.render_prompt(messages, "Be brief.")
+    assert own == "<|im_start|>system\nBe brief.<|im_end|>\n" + tokenizer.render_prompt(messages)
     assert (tokenizer.end_of_text_id, tokenizer.end_of_turn_id, tokenizer.stop_ids) == (0, 2, [2, 0])
 
 
@@ -81,7 +85,7 @@ def test_end_of_turn_follows_the_template_and_eos_ids_of_the_model_also_stop(tmp
     (none_shown / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
     tokenizer = Tokenizer.from_pretrained(none_shown)
     assert tokenizer.end_of_turn_id == 0 and tokenizer.end_of_text_id == 1 and tokenizer.stop_ids == [0, 1]
-    swapped = write_tokenizer(tmp_path / "c", QWEN_TEMPLATE, {"eos_token": "<|im_end|>"})  # as in instruct models
+    swapped = write_tokenizer(tmp_path / "c", QWEN_TEMPLATE, {"eos_token": "<|im_end|>"})  # instruct models
     assert Tokenizer.from_pretrained(swapped).stop_ids == [2, 0]
 
 
@@ -93,22 +97,24 @@ def test_template_from_file_key_or_list_and_the_system_prompt(tmp_path):
     directory = write_tokenizer(tmp_path / "file", "the key must lose against the file")
     (directory / "chat_template.jinja").write_text(QWEN_TEMPLATE)
     by_file = Tokenizer.from_pretrained(directory)
-    expected = ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-                "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n")
+    turns = "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    default = "Please reason step by step, and put your final answer within \\boxed{}."
+    expected = f"<|im_start|>system\n{default}<|im_end|>\n{turns}"
     assert [t.render_prompt(messages) for t in (by_key, by_list, by_file)] == [expected] * 3
     own = by_key.render_prompt([{"role": "system", "content": "old"}, *messages], "Own.")
-    assert own == "<|im_start|>system\nOwn.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    assert own == f"<|im_start|>system\nOwn.<|im_end|>\n{turns}"
 
 
 @pytest.mark.parametrize("template", [None, QWEN_TEMPLATE, THINKING_TEMPLATE])
 @pytest.mark.parametrize("prompt_template", list(PROMPT_TEMPLATES))
 @pytest.mark.parametrize("rest", ["Okay.\n</think>\n\n2", "\nOkay", ""])
-def test_evaluation_prompt_and_start_of_completion_equal_the_training_ids(tmp_path, template, prompt_template, rest):
+def test_evaluation_prompt_and_what_follows_equal_the_training_ids(tmp_path, template, prompt_template, rest):
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template))
     messages = [user_message("1 + 1?", prompt_template)]
     evaluation = tokenizer.encode_prompt(messages, prefill=THINK) + tokenizer.encode(rest)
     prompt_text = tokenizer.render_prompt(messages)
-    training = tokenizer.encode_prompt(messages) + tokenizer.encode_completion(THINK + rest, THINK, prompt_text)
+    completion = tokenizer.encode_completion(THINK + rest, THINK, prompt_text)
+    training = tokenizer.encode_prompt(messages) + completion
     assert training == evaluation
     whole = prompt_text + rest if prompt_text.endswith(THINK) else prompt_text + THINK + rest
     assert tokenizer.decode(training, skip_special_tokens=False) == whole  # one <think>, one newline after it
@@ -117,23 +123,25 @@ def test_evaluation_prompt_and_start_of_completion_equal_the_training_ids(tmp_pa
 def test_without_the_split_ids_would_differ(tmp_path):
     """The tokenizer of these tests merges across the prefill's end, so the tests above can fail."""
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path))
-    assert tokenizer.encode(THINK + "\nOkay") != tokenizer.encode(THINK) + tokenizer.encode("\nOkay")
-    assert tokenizer.encode_completion("<think>\n\nOkay") == tokenizer.encode(THINK) + tokenizer.encode("\nOkay")
+    apart = tokenizer.encode(THINK) + tokenizer.encode("\nOkay")
+    assert tokenizer.encode_completion("<think>\n\nOkay") == apart
     assert tokenizer.encode_completion("Okay") == tokenizer.encode("Okay")
-    assert tokenizer.encode_completion(THINK + "\nOkay", prefill="") == tokenizer.encode(THINK + "\nOkay")
+    whole = tokenizer.encode(THINK + "\nOkay")
+    assert tokenizer.encode_completion(THINK + "\nOkay", prefill="") == whole != apart
 
 
 def test_paper_evaluation_template():
     content = user_message("What is {problem}?", "open-r1")["content"]
-    assert content.startswith("Solve the following math problem efficiently and clearly.  The last line of your ")
-    assert "'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes)" in content
+    assert content.startswith("Solve the following math problem efficiently and clearly.  The last line of ")
+    assert "'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without" in content
     assert content.endswith("Think step by step before answering.\n\nWhat is {problem}?")
     assert user_message("x")["content"] == "x"
 
 
 def test_template_conventions(tmp_path):
     template = ("{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}\n"
-                "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y')[:2] }}{{ eos_token }}"
+                "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}"
+                "{{ strftime_now('%Y')[:2] }}{{ eos_token }}"
                 "{% if messages | length > 2 %}{{ raise_exception('too many messages') }}{% endif %}")
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template))
     message = {"role": "user", "content": "<é>"}
@@ -147,7 +155,7 @@ def test_template_conventions(tmp_path):
     ("{{ messages.append(1) }}", "unsafe"),
     ("{{ cycler.__init__.__globals__.os.system('touch escaped') }}", "unsafe"),
     ("{{ ('x' * 10000000000) | length }}", "MemoryError"),
-    ("{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}", "MemoryError"),
+    ("{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s * 2 %}{% endfor %}", "Memory"),
     ("{{ 'x' * 2000000 }}", "2000000 characters"),
     ("{% include '/etc/passwd' %}", "loader"),
     ("{% for message in messages %}", "end"),
@@ -236,13 +244,14 @@ class FakeHub(BaseHTTPRequestHandler):
 def hub(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
-                   "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                   "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
     environment.pop("HF_HUB_OFFLINE", None)
     load = "Tokenizer.from_pretrained(sys.argv[1]).stop_ids"
+    imports = "import sys; from redi.tokenizer import Tokenizer, resolve_directory"
     yield lambda name, call=load, **extra: subprocess.run(
-        [sys.executable, "-c", f"import sys; from redi.tokenizer import Tokenizer, resolve_directory; print({call})", name],
-        env={**environment, **extra}, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        [sys.executable, "-c", f"{imports}; print({call})", name], env={**environment, **extra}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=60)
     server.shutdown()
 
 
@@ -253,7 +262,7 @@ def test_hub_ids(tmp_path, hub, monkeypatch):
     monkeypatch.setattr(FakeHub, "listing", [*files, "model.safetensors"])
     assert hub("org/tiny").stdout == "[2, 0]\n"
     missing = hub("org/missing")
-    assert "ValueError: org/missing: no such directory, and the Hugging Face hub gave no model" in missing.stderr
+    assert "ValueError: org/missing: no such directory, and the Hugging Face hub gave no" in missing.stderr
     offline = hub("org/other", HF_HUB_OFFLINE="1")
     assert "ValueError: org/other: no such directory, and" in offline.stderr
     cached = hub("org/tiny", HF_HUB_OFFLINE="1")
