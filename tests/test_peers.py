@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -351,3 +352,19 @@ def test_losses_copied_into_a_transformers_loop(tmp_path, tied, monkeypatch):
     metrics = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
     assert metrics["loss"] == pytest.approx(value, abs=1e-5)
     assert metrics["grad_norm"] == pytest.approx(grad_norm.item(), rel=1e-4)
+
+
+def test_loss_on_prompt_is_what_the_official_collator_does(tmp_path):
+    """Labels of a packed batch, before the shift by one that transformers makes inside its loss."""
+    tiny.write_tokenizer(tmp_path)
+    tiny.write_rows(tmp_path, examples=5)
+    settings = data.TokenSettings(pairs=False, max_prompt=512, max_response=512, max_total=512, loss_on_prompt=True)
+    dataset = data.load_dataset(tmp_path / "positives.jsonl", Tokenizer.from_pretrained(tmp_path), settings,
+                                tmp_path / "ids")
+    sequences = [dataset.ids[start:end].tolist() for start, end in zip(dataset.offsets, dataset.offsets[1:])]
+    theirs = transformers.DataCollatorWithFlattening()([{"input_ids": ids} for ids in sequences])
+    # Theirs takes each sequence's last token as an input too, which predicts nothing.
+    last = np.cumsum([len(ids) for ids in sequences]) - 1
+    shifted = np.append(theirs["labels"][0, 1:], -100)
+    assert (shifted[last] == -100).all()
+    assert np.delete(shifted, last).tolist() == data.pack(dataset, list(range(5))).labels.tolist()
