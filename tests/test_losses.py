@@ -106,6 +106,16 @@ def test_gradient_of_one_input_alone():
     torch.testing.assert_close(weight.grad, both[2])
 
 
+@pytest.mark.parametrize("chunk_size", [CHUNK, 2048])
+def test_backward_twice_gives_the_same_gradients(chunk_size):
+    hidden, weight, labels = inputs()
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = token_logps(hidden, weight, labels, chunk_size=chunk_size).sum()
+    first, second = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation makes."""
 

@@ -1,0 +1,657 @@
+"""The training command: the same numbers on any number of processes, exact resumption, and survival of faults."""
+
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from redi import checkpoint, data
+from redi.checkpoint import load_pretrained
+from redi.losses import dpo_loss, redi_loss, simpo_loss
+from redi.tokenizer import Tokenizer
+from tests import tiny, train_jobs
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = ("sft", "redi", "dpo", "simpo")
+EXAMPLES, BATCH_SIZE = 20, 8  # three steps an epoch, the last of 4 examples
+SETTINGS = {"batch-size": BATCH_SIZE, "epochs": 2, "lr": 1e-3, "save-every": 2, "keep-checkpoints": 0, "beta": 0.5,
+            "max-grad-norm": 0.5}
+STEPS = 6
+FIELDS = ["step", "epoch", "loss", "lr", "grad_norm", "lr_grad_norm", "update_norm", "chosen_logp", "rejected_logp",
+          "margin", "reward_accuracy", "tokens", "tokens_per_second", "peak_memory_gib", "seconds"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def signals():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """model/, positives.jsonl, pairs.jsonl, and below runs/ one finished run of each method in this process."""
+    place = tmp_path_factory.mktemp("train")
+    tiny.write_model(place / "model", hidden_size=36, intermediate_size=50, num_hidden_layers=2)
+    tiny.write_rows(place, examples=EXAMPLES)
+    for method in METHODS:
+        with train_jobs.capture_gradients(place / f"one-{method}.gradients"):
+            train.main(arguments(place, method, place / "one" / method))
+    return place
+
+
+def arguments(place, method, output, **changes) -> list[str]:
+    values = {"model": place / "model", "output": output,
+              "data": place / ("positives.jsonl" if method == "sft" else "pairs.jsonl"),
+              **SETTINGS, **{key.replace("_", "-"): value for key, value in changes.items()}}
+    words = [[f"--{key}"] + ([] if value is True else [str(value)]) for key, value in values.items() if value is not None]
+    return [method, *(word for pair in words for word in pair)]
+
+
+@pytest.fixture(scope="module")
+def two(place):
+    """Everything that needs two processes, in one launch: name -> outcome of each rank."""
+    out = place / "two"
+    jobs = {}
+    for method in METHODS:
+        jobs[method] = {"argv": arguments(place, method, out / method), "gradients": str(place / f"two-{method}.gradients")}
+    for method in ("sft", "redi"):
+        jobs[f"{method}-small"] = {"argv": arguments(place, method, out / f"{method}-small", micro_batch_tokens=150),
+                                   "gradients": str(place / f"two-{method}-small.gradients")}
+    stopped = arguments(place, "redi", out / "stopped")
+    jobs["stop"] = {"argv": stopped, "stop_at": 3}
+    jobs["stop again"] = {"argv": [*stopped, "--resume"], "stop_at": 5}
+    jobs["go on"] = {"argv": [*stopped, "--resume"]}
+    jobs["finished"] = {"argv": [*stopped, "--resume"]}
+    jobs["unwritable"] = {"argv": arguments(place, "redi", out / "unwritable"), "unwritable_at": 4}
+    cut_back(place / "one" / "redi", out / "from-one", step=2)
+    jobs["from one"] = {"argv": arguments(place, "redi", out / "from-one", resume=True)}
+    jobs["copy"] = {"argv": arguments(place, "redi", out / "unused"),
+                    "copy": [str(place / "one" / "redi" / "step-000004"), str(out / "copied")]}
+    jobs["bad data"] = {"argv": arguments(place, "redi", out / "bad", data=place / "absent.jsonl")}
+    jobs["other run"] = {"argv": arguments(place, "redi", out / "redi")}
+    path = place / "jobs.json"
+    path.write_text(json.dumps(list(jobs.values())))
+    run = torchrun(2, ROOT / "tests" / "train_jobs.py", path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return dict(zip(jobs, json.loads(Path(f"{path}.outcomes").read_text())))
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+
+
+def torchrun(processes, *words, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+               "--master-port", str(free_port()), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), **options)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def cut_back(run, copy, step):
+    """Copy a run as it was when the checkpoint of this step was its newest and it went on for a bit."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "final")
+    for path in checkpoint.checkpoints(copy):
+        if path.name > checkpoint.step_name(step):
+            shutil.rmtree(path)
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[: step + 1]) + '{"step": 99, "lo')  # one too many, one cut off
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(run, key):
+    return torch.tensor([row[key] for row in metrics(run)], dtype=torch.float64)
+
+
+def weights(run) -> bytes:
+    return (run / "final" / "model.safetensors").read_bytes()
+
+
+def same_run(a, b) -> bool:
+    """Bitwise the same weights, and the same numbers in the log but for the clock."""
+    def untimed(run):
+        return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory_gib")}
+                for row in metrics(run)]
+
+    return weights(a) == weights(b) and untimed(a) == untimed(b)
+
+
+# One step against plain torch
+
+
+def first_step_by_hand(place, method):
+    """Loss of the first batch and its gradients: one sequence at a time, all logits, none of the training code."""
+    tokenizer = Tokenizer.from_pretrained(place / "model")
+    model, reference = load_pretrained(place / "model"), load_pretrained(place / "model")
+    file = place / ("positives.jsonl" if method == "sft" else "pairs.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+
+    def logp(model, row, key):
+        prompt = tokenizer.encode(tokenizer.render_prompt(row["prompt"]))
+        text = row[key][0]["content"]
+        assert text.startswith("<think>\n")
+        response = tokenizer.encode("<think>\n") + tokenizer.encode(text[8:]) + [tokenizer.end_of_turn_id]
+        ids = torch.tensor(prompt + response)
+
+        def attend(layer, q, k, v):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in (k, v))
+            scores = q.transpose(0, 1) @ k.transpose(1, 2) / math.sqrt(q.shape[2])
+            mask = torch.ones(len(q), len(q)).triu(1).bool()
+            return (scores.masked_fill(mask, -math.inf).softmax(-1) @ v).transpose(0, 1)
+
+        hidden = model.hidden(ids[:-1], torch.arange(len(ids) - 1), attend)
+        logps = model.logits(hidden).log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+        return logps[len(prompt) - 1 :].sum(), len(response)
+
+    batch = [rows[i] for i in data.epoch_order(EXAMPLES, 0, 0)[:BATCH_SIZE]]
+    if method == "sft":
+        sums, lengths = zip(*(logp(model, row, "completion") for row in batch))
+        loss = -sum(sums) / sum(lengths)
+        chosen = torch.stack([s / n for s, n in zip(sums, lengths)])
+        rejected = None
+    else:
+        (chosen, n), (rejected, m) = (
+            map(torch.stack, zip(*((s, torch.tensor(float(c))) for s, c in (logp(model, row, key) for row in batch))))
+            for key in ("chosen", "rejected")
+        )
+        if method == "redi":
+            losses = redi_loss(chosen, rejected, n, m, 0.8)
+        elif method == "simpo":
+            losses = simpo_loss(chosen, rejected, n, m, 0.5, 1.0)
+        else:
+            with torch.no_grad():
+                references = (torch.stack([logp(reference, row, key)[0] for row in batch]) for key in ("chosen", "rejected"))
+                references = list(references)
+            losses = dpo_loss(chosen, rejected, *references, 0.5)
+        loss = losses.sum() / len(batch)
+        chosen, rejected = chosen / n, rejected / m
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, chosen.detach(), rejected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_first_step_equals_plain_torch(place, two, method):
+    loss, gradients, chosen, rejected = first_step_by_hand(place, method)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+    runs = {f"one-{method}": place / "one" / method, f"two-{method}": place / "two" / method}
+    if method in ("sft", "redi"):
+        runs[f"two-{method}-small"] = place / "two" / f"{method}-small"
+    for name, run in runs.items():
+        first = metrics(run)[0]
+        assert first["loss"] == pytest.approx(loss, abs=5e-6)
+        assert first["grad_norm"] == pytest.approx(norm, abs=1e-6 * max(1, norm) * 5)
+        assert first["chosen_logp"] == pytest.approx(chosen.mean().item(), abs=5e-6)
+        if rejected is not None:
+            assert first["rejected_logp"] == pytest.approx(rejected.mean().item(), abs=5e-6)
+            assert first["reward_accuracy"] == (chosen > rejected).float().mean().item()
+        captured = load_file(place / f"{name}.gradients")
+        assert captured.keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(captured[key], gradient, atol=1e-6, rtol=1e-5, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_give_the_losses_of_one(place, two, method):
+    assert two[method] == ["ok", "ok"]
+    for key, tolerance in (("loss", 5e-6), ("chosen_logp", 5e-6), ("lr", 0), ("tokens", 0), ("update_norm", 1e-4)):
+        one, other = column(place / "one" / method, key), column(place / "two" / method, key)
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=0, msg=f"{key}: {one} {other}")
+
+
+def test_micro_batches_do_not_change_the_losses(place, two, tmp_path):
+    for method in ("sft", "redi"):
+        train.main(arguments(place, method, tmp_path / method, micro_batch_tokens=1, save_every=0))  # one example each
+        one = column(place / "one" / method, "loss")
+        for run in (tmp_path / method, place / "two" / f"{method}-small"):
+            torch.testing.assert_close(column(run, "loss"), one, atol=5e-6, rtol=0)
+
+
+def test_gradient_checkpointing_does_not_change_the_run(place, tmp_path):
+    train.main(arguments(place, "redi", tmp_path / "run", no_gradient_checkpointing=True))
+    assert same_run(place / "one" / "redi", tmp_path / "run")
+
+
+def test_the_same_command_gives_the_same_bytes_and_another_seed_another_order(place, tmp_path):
+    train.main(arguments(place, "redi", tmp_path / "again"))
+    assert same_run(place / "one" / "redi", tmp_path / "again")
+    train.main(arguments(place, "redi", tmp_path / "seed", seed=1, steps=1, epochs=None))
+    assert metrics(tmp_path / "seed")[0]["tokens"] != metrics(tmp_path / "again")[0]["tokens"]
+
+
+# The log
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_metrics_have_every_field_of_every_step(place, method):
+    rows = metrics(place / "one" / method)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and [row["epoch"] for row in rows] == [0] * 3 + [1] * 3
+    absent = {"rejected_logp", "margin", "reward_accuracy"} if method == "sft" else set()
+    for row in rows:
+        assert [key for key in row if key in FIELDS] == [key for key in FIELDS if key not in absent]
+        assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
+        assert row["lr_grad_norm"] == pytest.approx(row["lr"] * row["grad_norm"])
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert 0 < row["peak_memory_gib"] < 16 and row["skipped"] == 0
+        if method != "sft":
+            assert row["margin"] == pytest.approx(row["chosen_logp"] - row["rejected_logp"])
+            assert 0 <= row["reward_accuracy"] <= 1
+    # Warm-up over a tenth of 6 steps, rounded up: 1; then linear to zero.
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3 * x / 5 for x in (5, 5, 4, 3, 2, 1)])
+
+
+def test_grad_norm_is_that_before_clipping(place):
+    first = metrics(place / "one" / "redi")[0]
+    gradients = load_file(place / "one-redi.gradients")
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-6) and norm > SETTINGS["max-grad-norm"]
+
+
+@pytest.mark.parametrize("ranks", ["one", "two"])
+def test_update_norm_is_how_far_the_weights_moved(place, two, tmp_path, ranks):
+    if ranks == "one":
+        run = tmp_path / "run"
+        train.main(arguments(place, "redi", run, save_every=1, weight_decay=0.5))
+        saved = [place / "model", *checkpoint.checkpoints(run)]
+    else:  # from the checkpoint of step 4 to that of step 6, by way of step 5: see below
+        run = place / "two" / "stopped"
+        saved = None
+    if saved:
+        assert len(saved) == STEPS + 1
+        for before, after, row in zip(saved, saved[1:], metrics(run)):
+            moved = [a.double() - b.double() for a, b in zip(parameters(after), parameters(before))]
+            norm = math.sqrt(sum(float(x.square().sum()) for x in moved))
+            assert row["update_norm"] == pytest.approx(norm, rel=2e-4)
+    else:  # saved at 2, 3 (stopped), 4, 5 (stopped), 6
+        names = [path.name for path in checkpoint.checkpoints(run)]
+        assert names == [f"step-{i:06d}" for i in (2, 3, 4, 5, 6)]
+        for i in (2, 3, 4, 5):
+            before, after = (parameters(run / f"step-{j:06d}") for j in (i, i + 1))
+            norm = math.sqrt(sum(float((a.double() - b.double()).square().sum()) for a, b in zip(after, before)))
+            assert metrics(run)[i]["update_norm"] == pytest.approx(norm, rel=2e-4)
+
+
+def parameters(directory) -> list[torch.Tensor]:
+    return [p.detach() for p in load_pretrained(directory).parameters()]
+
+
+def test_weights_after_a_step_are_those_of_torchs_adamw(place, tmp_path):
+    """Clipping, learning rate, weight decay on matrices only, and bias correction: by AdamW on the gradients."""
+    train.main(arguments(place, "redi", tmp_path / "run", save_every=1, weight_decay=0.5, steps=1, epochs=None))
+    gradients = load_file(place / "one-redi.gradients")
+    model = load_pretrained(place / "model")
+    norm = metrics(place / "one" / "redi")[0]["grad_norm"]
+    for name, parameter in model.named_parameters():
+        decay = 0.0 if name.endswith(("norm.weight", "bias")) else 0.5
+        parameter.grad = gradients[name] * SETTINGS["max-grad-norm"] / norm
+        torch.optim.AdamW([parameter], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay).step()
+    for (name, ours), theirs in zip(model.named_parameters(), parameters(tmp_path / "run" / "final")):
+        torch.testing.assert_close(ours.detach(), theirs, atol=2e-6, rtol=1e-5, msg=name)
+
+
+def test_bf16_computes_near_fp32_over_fp32_master_weights(place, tmp_path):
+    train.main(arguments(place, "redi", tmp_path / "run", dtype="bfloat16"))
+    torch.testing.assert_close(column(tmp_path / "run", "loss"), column(place / "one" / "redi", "loss"), atol=0.03, rtol=0)
+    assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "run" / "final" / "model.safetensors").values())
+    assert json.loads((tmp_path / "run" / "final" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    state = load_file(tmp_path / "run" / "step-000002" / "training_state" / "rank-00000-of-00001.safetensors")
+    assert all(t.dtype == torch.float32 for key, t in state.items() if key != "rng_state")
+
+
+def test_final_directory_holds_the_tokenizer_and_the_changed_context(place, tmp_path):
+    train.main(arguments(place, "sft", tmp_path / "run", steps=1, epochs=None, rope_theta=300000.0,
+                         max_position_embeddings=2048))
+    raw = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+    assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == 300000.0
+    assert raw["max_position_embeddings"] == 2048
+    assert Tokenizer.from_pretrained(tmp_path / "run" / "final").encode("1+2") == (
+        Tokenizer.from_pretrained(place / "model").encode("1+2")
+    )
+
+
+def test_held_out_pairs_are_logged_and_the_best_checkpoint_is_kept(place, tmp_path):
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    tiny.write_rows(held_out, examples=5, seed=9)
+    train.main(arguments(place, "redi", tmp_path / "run", eval_data=held_out / "pairs.jsonl", keep_checkpoints=1))
+    rows = metrics(tmp_path / "run")
+    logged = {row["step"]: row["eval_margin"] for row in rows if "eval_margin" in row}
+    assert list(logged) == [2, 4, 6]
+    best = max(logged, key=logged.get)
+    names = [path.name for path in checkpoint.checkpoints(tmp_path / "run")]
+    assert names == sorted({f"step-{best:06d}", "step-000006"})
+    assert column(tmp_path / "run", "loss").tolist() == column(place / "one" / "redi", "loss").tolist()
+
+
+# DPO's reference
+
+
+def test_dpo_begins_at_ln_2_and_keeps_its_reference(place, tmp_path, capsys):
+    assert metrics(place / "one" / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    files = {path: path.stat().st_mtime_ns for path in place.glob("pairs.jsonl.reference-*")}
+    assert len(files) == 1
+    train.main(arguments(place, "dpo", tmp_path / "again", steps=1, epochs=None))
+    assert {path: path.stat().st_mtime_ns for path in place.glob("pairs.jsonl.reference-*")} == files
+
+    other = tmp_path / "model"
+    shutil.copytree(place / "model", other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.1
+    save_file(tensors, other / "model.safetensors")
+    train.main(arguments(place, "dpo", tmp_path / "other", model=other, steps=1, epochs=None))
+    now = set(place.glob("pairs.jsonl.reference-*"))
+    assert len(now) == 2 and metrics(tmp_path / "other")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+    new, = now - set(files)
+    new.write_bytes(new.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="pairs.jsonl.reference-.* is not a whole safetensors file"):
+        train.main(arguments(place, "dpo", tmp_path / "damaged", model=other, steps=1, epochs=None))
+    new.unlink()
+
+
+# Stop and go on
+
+
+def test_stopped_and_resumed_with_two_processes_is_the_uninterrupted_run(place, two):
+    assert two["stop"] == two["stop again"] == ["SystemExit: 143"] * 2  # though one rank alone got the signal
+    assert two["go on"] == two["finished"] == ["ok", "ok"]
+    assert same_run(place / "two" / "redi", place / "two" / "stopped")
+
+
+def test_stopped_and_resumed_in_one_process_is_the_uninterrupted_run(place, tmp_path, capsys):
+    run = arguments(place, "redi", tmp_path / "run", resume=True)  # which also begins a run
+    for step in (3, 4):
+        with train_jobs.signal_at(step), pytest.raises(SystemExit) as stopped:
+            train.main(run)
+        assert stopped.value.code == 143
+        assert f"stopped after step {step} of 6: run the same command with --resume" in capsys.readouterr().out
+        assert len(metrics(tmp_path / "run")) == step
+    train.main(run)
+    assert same_run(place / "one" / "redi", tmp_path / "run")
+    before = weights(tmp_path / "run")
+    train.main(run)
+    assert "final is there already: nothing to do" in capsys.readouterr().out and weights(tmp_path / "run") == before
+
+
+def test_resumed_with_another_number_of_processes(place, two, tmp_path):
+    assert two["from one"] == ["ok", "ok"]
+    cut_back(place / "two" / "redi", tmp_path / "from-two", step=4)
+    train.main(arguments(place, "redi", tmp_path / "from-two", resume=True))
+    for run in (place / "two" / "from-one", tmp_path / "from-two"):
+        assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4, 5, 6]
+        torch.testing.assert_close(column(run, "loss"), column(place / "one" / "redi", "loss"), atol=5e-6, rtol=0)
+
+
+def test_training_state_moves_between_one_and_two_processes_bitwise(place, two, tmp_path):
+    """Saved by one process, loaded and saved by two, loaded and saved by one."""
+    assert two["copy"] == ["ok", "ok"]
+    copied = place / "two" / "copied" / "step-000004"
+    assert len(list((copied / "training_state").glob("rank-*"))) == 2
+    train_jobs.copy_checkpoint(arguments(place, "redi", tmp_path / "unused"), copied, tmp_path)
+    original = place / "one" / "redi" / "step-000004"
+    for file in ("model.safetensors", "training_state/rank-00000-of-00001.safetensors", "training_state/state.json"):
+        assert (original / file).read_bytes() == (tmp_path / "step-000004" / file).read_bytes(), file
+
+
+def test_changed_settings_and_other_runs_are_refused_on_every_rank(place, two):
+    assert two["bad data"] == [f"ValueError: {place}/absent.jsonl: no such data file"] * 2
+    assert all("holds another run" in outcome for outcome in two["other run"])
+
+
+def test_overwriting_replaces_the_whole_run(place, tmp_path):
+    shutil.copytree(place / "one" / "simpo", tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    train.main(arguments(place, "redi", tmp_path / "run", overwrite=True, save_every=3))
+    assert same_run(place / "one" / "redi", tmp_path / "run")
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-000003", "step-000006"]
+    assert (tmp_path / "run" / "notes.txt").exists()  # what is not a run's is left alone
+
+
+def test_a_restarted_worker_goes_on_although_overwriting_was_asked(place, tmp_path, monkeypatch):
+    run = arguments(place, "redi", tmp_path / "run", overwrite=True)
+    with train_jobs.signal_at(3), pytest.raises(SystemExit):
+        train.main(run)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train.main(run)
+    assert same_run(place / "one" / "redi", tmp_path / "run")
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    received, ended = train.catch_signals(), []
+    with mock.patch.object(os, "_exit", ended.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM] and not ended
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ended == [130]
+
+
+def wait_for_lines(path, count, process):
+    started = time.monotonic()
+    while not path.is_file() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - started < 100
+        time.sleep(0.01)
+
+
+LONG = {"steps": 40, "epochs": None, "save_every": 7}
+
+
+@pytest.fixture(scope="module")
+def long_run(place):
+    train.main(arguments(place, "redi", place / "long", **LONG))
+    return place / "long"
+
+
+def test_killed_command_resumes_bitwise(place, long_run, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(place, "redi", tmp_path / "run", resume=True, **LONG)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 10, process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "run" / "final").exists() and checkpoint.checkpoints(tmp_path / "run")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200)
+    assert done.returncode == 0 and f"wrote {tmp_path}/run/final" in done.stdout
+    assert same_run(long_run, tmp_path / "run")
+
+
+def test_sigterm_to_torchrun_saves_and_one_process_goes_on(place, long_run, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+               str(free_port()), str(ROOT / "train.py"), *arguments(place, "redi", tmp_path / "run", **LONG)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    step = int(re.search(r"stopped after step (\d+) of 40: run the same command with --resume", out)[1])
+    assert checkpoint.checkpoints(tmp_path / "run")[-1].name == f"step-{step:06d}" and step < 40
+    assert len(metrics(tmp_path / "run")) == step and not (tmp_path / "run" / "final").exists()
+    train.main(arguments(place, "redi", tmp_path / "run", resume=True, **LONG))
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 41))
+    torch.testing.assert_close(column(tmp_path / "run", "loss")[:8], column(long_run, "loss")[:8], atol=5e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_two_is_restarted_by_torchrun_and_nothing_changes(place, tmp_path):
+    whole = torchrun(2, ROOT / "train.py", *arguments(place, "redi", tmp_path / "whole", **LONG))
+    assert whole.returncode == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
+               "--master-port", str(free_port()), str(ROOT / "train.py"),
+               *arguments(place, "redi", tmp_path / "run", **LONG)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 10, process)
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(workers[-1], signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-3000:]
+    assert out.count("from step 0") == 1 and re.search("from step (7|14|21|28|35)", out)
+    assert same_run(tmp_path / "whole", tmp_path / "run")
+
+
+# Faults
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_leftovers_are_cleaned(place, tmp_path, capsys):
+    run = tmp_path / "run"
+    cut_back(place / "one" / "redi", run, step=4)
+    file = run / "step-000004" / "training_state" / "rank-00000-of-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x10
+    file.write_bytes(content)
+    (run / "step-000006.partial" / "training_state").mkdir(parents=True)
+    (run / "final.partial").mkdir()
+    train.main(arguments(place, "redi", run, resume=True))
+    out = capsys.readouterr().out
+    assert "step-000004 is damaged and passed over: rank-00000-of-00001.safetensors does not match" in out
+    assert "from step 2" in out and not list(run.glob("*.partial"))
+    assert same_run(place / "one" / "redi", run)
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_ones(place, tmp_path):
+    run = tmp_path / "run"
+    cut_back(place / "one" / "redi", run, step=4)
+    (run / "step-000004" / "training_state" / "state.json").unlink()
+    with train_jobs.signal_at(3), pytest.raises(SystemExit):  # saves step 3, while step 4 is there and damaged
+        train.main(arguments(place, "redi", run, resume=True, keep_checkpoints=1))
+    assert checkpoint.newest_checkpoint(run).name == "step-000003"
+    train.main(arguments(place, "redi", run, resume=True))
+    assert same_run(place / "one" / "redi", run)
+
+
+@pytest.mark.parametrize("keep, left", [(1, [6]), (2, [4, 6]), (0, [2, 4, 6])])
+def test_keep_checkpoints(place, tmp_path, keep, left):
+    train.main(arguments(place, "simpo", tmp_path / "run", keep_checkpoints=keep))
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == [f"step-{i:06d}" for i in left]
+
+
+def test_a_full_disk_at_a_checkpoint_of_one_rank_loses_nothing_else(place, two):
+    assert two["unwritable"] == ["ok", "ok"]
+    names = [path.name for path in checkpoint.checkpoints(place / "two" / "unwritable")]
+    assert names == ["step-000002", "step-000006"]  # tried again at the next
+    assert not list((place / "two" / "unwritable").glob("*.partial"))
+    assert same_run(place / "two" / "redi", place / "two" / "unwritable")
+
+
+def test_files_that_may_not_grow(place, tmp_path, capsys):
+    """A limit on file sizes, which fails as a full disk does, in the library that writes the weights."""
+    run = arguments(place, "redi", tmp_path / "run")
+    with train_jobs.signal_at(2), pytest.raises(SystemExit):
+        train.main(run)
+    saved = {path: path.read_bytes() for path in (tmp_path / "run" / "step-000002").rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write .*final.partial/model.safetensors"):
+            train.main([*run, "--resume"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "checkpoint of step 4 not saved, going on without it: cannot write" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (tmp_path / "run" / "step-000002").rglob("*") if path.is_file()} == saved
+    assert sorted(os.listdir(tmp_path / "run")) == ["metrics.jsonl", "run.json", "step-000002"]
+    train.main([*run, "--resume"])
+    assert same_run(place / "one" / "redi", tmp_path / "run")
+
+
+def test_a_log_that_cannot_be_written_for_a_while_has_no_gap(place, tmp_path, capsys):
+    from redi import metrics as module
+
+    append = module.append_row
+
+    def failing(path, row):
+        if len(tried) in (1, 2, 3):
+            tried.append(row)
+            raise OSError(28, "No space left on device")
+        tried.append(row)
+        append(path, row)
+
+    tried = []
+    with mock.patch.object(module, "append_row", failing):
+        train.main(arguments(place, "redi", tmp_path / "run"))
+    assert same_run(place / "one" / "redi", tmp_path / "run")
+    assert capsys.readouterr().out.count("cannot be written") == 1
+
+
+def test_an_output_directory_that_vanishes_does_not_end_the_run(place, tmp_path, capsys):
+    run, set_lr = tmp_path / "run", train.set_lr
+
+    def vanish(args, optimizer, step, total_steps):
+        if step == 2:
+            shutil.rmtree(run)
+        return set_lr(args, optimizer, step, total_steps)
+
+    with mock.patch.object(train, "set_lr", vanish):
+        train.main(arguments(place, "redi", run))
+    assert weights(run) == weights(place / "one" / "redi")
+    assert [row["step"] for row in metrics(run)] == [3, 4, 5, 6]  # what was logged before is gone; nothing else is
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_named(place, tmp_path, capsys):
+    """One example holds a token whose embedding is not a number."""
+    tiny.write_model(tmp_path / "model", hidden_size=36, num_hidden_layers=1, tie_word_embeddings=False)
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
+    token, = tokenizer.encode("~")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.embed_tokens.weight"][token] = math.nan
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    rows[12]["prompt"][0]["content"] += "~"
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = arguments(place, "redi", tmp_path / "run", model=tmp_path / "model", data=tmp_path / "pairs.jsonl")
+    train.main(run)
+    logged = metrics(tmp_path / "run")
+    bad = [i + 1 for i, row in enumerate(logged) if row["loss"] is None]
+    assert len(bad) == 2 and logged[-1]["skipped"] == 2  # once an epoch
+    out = capsys.readouterr().out
+    for count, step in enumerate(bad, 1):
+        lines = re.search(rf"step {step}: .*update skipped \({count} so far\); lines \[(.*)\] of", out)[1]
+        assert "13" in lines.split(", ")
+    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert all(t.isfinite().all() for name, t in final.items() if name != "model.embed_tokens.weight")
+
+    stopped = arguments(place, "redi", tmp_path / "stopped", model=tmp_path / "model", data=tmp_path / "pairs.jsonl",
+                        max_skipped=0)
+    with pytest.raises(ValueError, match="1 updates in a row had a loss or gradient that is not finite"):
+        train.main(stopped)
+    assert not (tmp_path / "stopped" / "final").exists() and len(metrics(tmp_path / "stopped")) == bad[0]
+
+
+def test_a_skipped_update_leaves_the_weights_and_moments_alone(place, tmp_path):
+    """A run whose third step is skipped saves, before and after it, the same weights and moments."""
+    objective, calls = train.objective, []
+
+    def spoil(*args):
+        calls.append(1)
+        losses = objective(*args)
+        return losses * math.inf if len(calls) == 3 else losses
+
+    with mock.patch.object(train, "objective", spoil):
+        train.main(arguments(place, "redi", tmp_path / "run", save_every=1))
+    before, after = (
+        load_file(tmp_path / "run" / f"step-00000{i}" / "training_state" / "rank-00000-of-00001.safetensors") for i in (2, 3)
+    )
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert [row["skipped"] for row in metrics(tmp_path / "run")] == [0, 0, 1, 1, 1, 1]
+    states = [json.loads((path / "training_state" / "state.json").read_text()) for path in checkpoint.checkpoints(tmp_path / "run")]
+    assert [state["updates"] for state in states] == [1, 2, 2, 3, 4, 5]
+    assert [state["skipped_in_a_row"] for state in states] == [0, 0, 1, 0, 0, 0]
