@@ -101,8 +101,19 @@ def start_worker(side: str, directory: str, args, method: str) -> subprocess.Pop
 
 
 def prepare(directory: Path, args) -> None:
-    """A random model with a tokenizer of one word a token, and 8 pairs of long-tailed lengths as text."""
+    """A random model, and 8 pairs with responses of long-tailed lengths."""
     import numpy as np
+    import torch
+
+    shape = {"num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048,
+             "rope_theta": 10000.0, **SHAPES[args.shape]}
+    write_model_directory(directory / "model", shape, torch.float32)
+    lengths = np.exp(np.random.default_rng(0).normal(5.4, 0.8, (8, 2))).clip(50, 1000).astype(int)
+    write_rows(directory, lengths, (24, 60), shape["vocab_size"])
+
+
+def write_model_directory(directory: Path, shape: dict, dtype) -> None:
+    """Random Qwen2-like weights with a tied head, and a tokenizer of one word a token: w3, w4, …"""
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import models, pre_tokenizers
 
@@ -110,40 +121,45 @@ def prepare(directory: Path, args) -> None:
     from redi.model import CausalLM, ModelConfig
     from redi.tokenizer import CHATML_TEMPLATE, Tokenizer
 
-    shape = SHAPES[args.shape]
-    size = shape["vocab_size"]
-    words = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, **{f"w{i}": i for i in range(3, size)}}
-    tokenizer = FastTokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    words = special + [f"w{i}" for i in range(len(special), shape["vocab_size"])]
+    tokenizer = FastTokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=special[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    model_directory = directory / "model"
-    model_directory.mkdir()
-    tokenizer.save(str(model_directory / "tokenizer.json"))
-    (model_directory / "tokenizer_config.json").write_text(json.dumps({
+    tokenizer.add_special_tokens(special)
+    directory.mkdir()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({
         "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHATML_TEMPLATE,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }))
     model = CausalLM(ModelConfig.from_dict({
-        "model_type": "qwen2", "num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 64,
-        "max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-        **shape,
+        "model_type": "qwen2", "rms_norm_eps": 1e-6, "tie_word_embeddings": True, **shape,
     }))
     model.init_weights(seed=0)
-    save_pretrained(model, model_directory, Tokenizer.from_pretrained(model_directory))
+    save_pretrained(model, directory, Tokenizer.from_pretrained(directory), dtype)
 
-    rng = np.random.default_rng(0)
-    lengths = np.clip(np.exp(rng.normal(5.4, 0.8, 16)), 50, 1000).astype(int)  # of responses, in tokens
+
+def write_rows(directory: Path, lengths, prompts: tuple[int, int], vocab_size: int) -> dict[str, Path]:
+    """pairs.jsonl, and sft.jsonl with the same responses, as random text.
+
+    Args: lengths: (pairs, 2) words of each response; prompts: the least and the most words of a prompt.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(1)
 
     def text(length):
-        return " ".join(f"w{i}" for i in rng.integers(3, size, length))
+        return " ".join(f"w{i}" for i in rng.integers(3, vocab_size, length))
 
     pairs, positives = [], []
-    for chosen, rejected in lengths.reshape(8, 2):
-        prompt, *responses = text(rng.integers(24, 61)), " " + text(chosen), " " + text(rejected)
-        pairs.append({"prompt": prompt, "chosen": responses[0], "rejected": responses[1]})
-        positives += [{"prompt": prompt, "completion": response} for response in responses]
-    for name, rows in (("pairs", pairs), ("sft", positives)):
-        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in lengths:
+        prompt, chosen, rejected = text(rng.integers(prompts[0], prompts[1] + 1)), *(" " + text(n) for n in row)
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        positives += [{"prompt": prompt, "completion": response} for response in (chosen, rejected)]
+    files = {"pairs": directory / "pairs.jsonl", "sft": directory / "sft.jsonl"}
+    for path, rows in zip(files.values(), (pairs, positives)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return files
 
 
 class Turns:
