@@ -2,8 +2,8 @@
 
     python train.py redi --model DIR --data pairs.jsonl --output out/redi --plan --world-size 8
 
-Rows are tokenised and dealt out to ranks by the functions that training uses; weights are never read. The memory
-is a count of tensors, as torch.cuda.max_memory_allocated sees them, without torch.compile.
+Rows are tokenised and dealt out to ranks by the functions that training uses; weights are never read. The
+memory is a count of tensors, as torch.cuda.max_memory_allocated sees them, without torch.compile.
 """
 
 import inspect
@@ -26,9 +26,9 @@ def training_flops(config: ModelConfig, lengths, labels, recompute: bool) -> np.
     """FLOPs of forward and backward of sequences of `lengths` tokens (an array), `labels` of them predicted.
 
     Layers, forward: 2 a token and parameter in matrix products, and for causal attention over S tokens
-    2 x layers x heads x head size x S². Backward is twice that; with `recompute` all of the forward comes again but
-    the last product of each layer, which no gradient needs. Head: predicted positions only, and 8 a parameter, since
-    its logits are always computed again.
+    2 x layers x heads x head size x S². Backward is twice that; with `recompute` the forward comes again, but
+    for the last product of each layer, which no gradient needs. Head: predicted positions only, and 8 a
+    parameter, since its logits are always computed again.
     """
     head = config.matmul_parameters()[1]
     layers_forward = forward_flops(config, lengths, 0)
@@ -49,8 +49,8 @@ def forward_flops(config: ModelConfig, lengths, labels) -> np.ndarray:
 def peak_memory(
     config: ModelConfig, tokens: int, ranks: int, itemsize: int, recompute: bool
 ) -> dict[str, dict[str, float]]:
-    """Bytes on one GPU by component: in the loss and in a layer's backward, of which one is the fullest moment of a
-    step with long sequences, and in AdamW's turn, which is that of a step with few tokens.
+    """Bytes on one GPU by component: in the loss and in a layer's backward, of which one is the fullest moment
+    of a step with many tokens, and in AdamW's turn, which is that of a step with few.
 
     Args: tokens: of a rank's fullest micro-batch; itemsize: bytes of the dtype computed in.
     """
@@ -58,11 +58,12 @@ def peak_memory(
         model = CausalLM(config)
     parameters = sum(p.numel() for p in model.parameters())
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    root = parameters - layer * config.num_hidden_layers  # embedding, final norm, head: gathered all through a step
+    # Embedding, final norm and head: gathered all through a step.
+    root = parameters - layer * config.num_hidden_layers
     head = config.vocab_size * config.hidden_size
     width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     # What a layer keeps for its backward: both norms' outputs and the stream between them; q, k, v and the
-    # attention's output; gate, its SiLU, up and their product. The stream that enters it counts as a checkpoint.
+    # attention's output; gate, its SiLU, up and their product. The stream that enters counts as a checkpoint.
     channels = 3 * width + 2 * (heads + kv_heads) * config.head_dim + 4 * config.intermediate_size
     layer_activations = tokens * (channels * itemsize + heads * FP32)
     checkpoints = tokens * width * itemsize * (config.num_hidden_layers + 1)
@@ -75,8 +76,8 @@ def peak_memory(
     }
     gathered = "gathered weights"
     logits = min(LOGIT_ROWS, tokens) * config.vocab_size * FP32
-    # The next chunk's logits come while the last one's, and their rounded copy, are still there; or a second head
-    # gradient, of one chunk, while only one chunk's are.
+    # The next chunk's logits come while the last one's, and their rounded copy, are still there; or a second
+    # head gradient, of one chunk, while only one chunk's are.
     rounded = 0.5 if itemsize < FP32 else 0
     one_more_head = FP32 * head if itemsize < FP32 else 0
     workspace = max((2 + rounded) * logits, (1 + rounded) * logits + one_more_head)
@@ -104,7 +105,7 @@ def peak_memory(
 
 @dataclass
 class Plan:
-    """Figures of a whole run. Tokens are what goes through the model, prompts included, as in metrics.jsonl."""
+    """Figures of a whole run. Tokens are all that go through the model, as in metrics.jsonl."""
 
     step_tokens: list[int]  # of each step, all ranks
     micro_batches: list[int]  # of each step: forward and backward passes of a rank
@@ -118,8 +119,8 @@ class Plan:
 def make_plan(args, config: ModelConfig, dataset: Dataset, total_steps: int, deal: Callable) -> Plan:
     """Go through the steps of a run without running them.
 
-    Args: args: train.py's; deal(rows) -> parts[micro][rank], lists of example indices: how training spreads the
-    rows of a step.
+    Args: args: train.py's; deal(rows) -> parts[micro][rank], lists of example indices: how training spreads
+    the rows of a step.
     """
     lengths, labels = dataset.input_lengths, dataset.label_counts
     flops = training_flops(config, lengths, labels, args.gradient_checkpointing).sum(1)
@@ -141,8 +142,9 @@ def make_plan(args, config: ModelConfig, dataset: Dataset, total_steps: int, dea
 
 
 def describe(plan: Plan, args, config: ModelConfig, dataset: Dataset, itemsize: int) -> str:
-    """The plan in words and a table. args: train.py's, with world_size, utilization, peak_tflops, memory_gib."""
+    """The plan in words and a table. args: train.py's."""
     steps, ranks, tokens = len(plan.step_tokens), args.world_size, plan.step_tokens
+    epochs = steps / -(-len(dataset) // args.batch_size)
     rate = ranks * args.peak_tflops * 1e12 * args.utilization * plan.busy
     again = "layers computed twice" if args.gradient_checkpointing else "activations kept"
 
@@ -153,8 +155,9 @@ def describe(plan: Plan, args, config: ModelConfig, dataset: Dataset, itemsize: 
     components = list(dict.fromkeys(name for column in table.values() for name in column))
     lines = [
         f"examples        {len(dataset):,} ({dataset.dropped:,} too long and left out)",
-        f"steps           {steps:,} of {args.batch_size} ({steps / -(-len(dataset) // args.batch_size):.3g} epochs)",
-        f"tokens          {sum(tokens):,}; a step {min(tokens):,} to {max(tokens):,}, on average {sum(tokens) / steps:,.0f}",
+        f"steps           {steps:,} of {args.batch_size} ({epochs:.3g} epochs)",
+        f"tokens          {sum(tokens):,}; a step {min(tokens):,} to {max(tokens):,}, on average "
+        f"{sum(tokens) / steps:,.0f}",
         f"longest         sequence {plan.longest:,} tokens, example {plan.longest_example:,}",
         f"micro-batches   {sum(plan.micro_batches) / steps:.2f} a step on each of {ranks} GPUs, the fullest "
         f"{plan.fullest:,} tokens",
@@ -173,12 +176,12 @@ def describe(plan: Plan, args, config: ModelConfig, dataset: Dataset, itemsize: 
 
 
 def verdict(plan: Plan, memory: Callable, args) -> str:
-    """Whether the run fits, and otherwise what would make it fit. memory(tokens of a micro-batch) -> the table."""
+    """Whether the run fits, else what would make it fit. memory(tokens of a micro-batch) -> the table."""
 
     def peak(tokens: int) -> float:
         return max(sum(column.values()) for column in memory(tokens).values()) / GIB
 
-    here = f"{peak(plan.fullest):.1f} of {args.memory_gib:g} GiB on each GPU, CUDA's and NCCL's own needs not counted"
+    here = f"{peak(plan.fullest):.1f} of {args.memory_gib:g} GiB a GPU, not counting what CUDA and NCCL need"
     if peak(plan.fullest) <= args.memory_gib:
         return f"fits: {here}"
     if peak(0) > args.memory_gib:

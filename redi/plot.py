@@ -1,6 +1,6 @@
-"""Figures: the paper's training dynamics of any number of runs, and the lengths in a data file. Needs matplotlib.
+"""Figures (with matplotlib): the paper's training dynamics of any number of runs; the lengths in a data file.
 
-    python -m redi.plot out/redi out/dpo --labels REDI DPO --results out/eval/results.json --output dynamics.png
+    python -m redi.plot out/redi out/dpo --results out/eval/results.json --output dynamics.png
     python -m redi.plot --lengths pairs.jsonl --tokenizer Qwen/Qwen2.5-Math-1.5B --output lengths.svg
 """
 
@@ -35,11 +35,12 @@ STYLE = {
 
 
 def plot_dynamics(runs: list[Path], labels: list[str], results: list[dict], path: Path) -> None:
-    """Four panels over optimiser steps: accuracy, chosen LogPS, rejected LogPS, learning rate x gradient norm.
+    """Four panels over steps: accuracy, chosen LogPS, rejected LogPS, learning rate x gradient norm.
 
-    Args: runs: output directories of train.py; labels: their names; results: rows of evaluate.py's results.json,
-    of which those of a run's checkpoints (and of the model it began from, at step 0) are drawn; path: PNG or SVG.
-    Faint lines are single steps, strong ones means over a fiftieth of the run around each; dashed ones held-out pairs.
+    Args: runs: output directories of train.py; labels: their names; results: rows of evaluate.py's
+    results.json, of which those of a run's checkpoints (and of the model it began from, at step 0) are drawn;
+    path: PNG or SVG.
+    Faint lines are single steps, strong ones means over a fiftieth of the run, dashed ones held-out pairs.
     """
     figure, ((accuracy, *left), right) = _subplots(path, 2, 2, (10.5, 6.8))
     logs = [[row for _, row in read_jsonl(run / "metrics.jsonl")] for run in runs]
@@ -55,8 +56,8 @@ def plot_dynamics(runs: list[Path], labels: list[str], results: list[dict], path
             b = benchmarks.index(name)
             steps, means, sems = (np.array(column, dtype=float) for column in zip(*points))
             accuracy.errorbar(
-                steps, 100 * means, 100 * np.nan_to_num(sems), color=_color(i), marker=MARKERS[b % len(MARKERS)],
-                linestyle=LINE_STYLES[b % len(LINE_STYLES)], markersize=4.5, linewidth=1.6, capsize=2.5,
+                steps, 100 * means, 100 * np.nan_to_num(sems), color=_color(i), linewidth=1.6, markersize=4.5,
+                marker=MARKERS[b % len(MARKERS)], linestyle=LINE_STYLES[b % len(LINE_STYLES)], capsize=2.5,
                 elinewidth=1,
             )
     accuracy.set_title("Accuracy (pass@1, %)")
@@ -81,7 +82,7 @@ def plot_dynamics(runs: list[Path], labels: list[str], results: list[dict], path
             steps, values = _series(log, held_out_key)
             if len(steps):
                 held_out = True
-                axes.plot(steps, values, color=_color(i), linewidth=1.3, linestyle="--", marker="o", markersize=3)
+                axes.plot(steps, values, "--o", color=_color(i), linewidth=1.3, markersize=3)
         if not axes.lines:
             _say(axes, "no run has rejected responses")
     right[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
@@ -89,10 +90,12 @@ def plot_dynamics(runs: list[Path], labels: list[str], results: list[dict], path
         axes.set_xlim(0, max(log[-1]["step"] for log in logs) * 1.02)
     for axes in right:
         axes.set_xlabel("optimiser step")
-    handles = [accuracy.plot([], [], color=_color(i), linewidth=2.5, label=label)[0] for i, label in enumerate(labels)]
+    handles = []
+    for i, label in enumerate(labels):
+        handles += accuracy.plot([], [], color=_color(i), linewidth=2.5, label=label)
     if held_out:
-        handles += accuracy.plot([], [], color="#555555", linestyle="--", marker="o", markersize=3, label="held-out pairs")
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), fontsize=10)
+        handles += accuracy.plot([], [], "--o", color="#555555", markersize=3, label="held-out pairs")
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=10)
     _save(figure, path)
 
 
@@ -119,10 +122,12 @@ def accuracy_curves(run: Path, log: list[dict], results: list[dict]) -> dict[str
 
 
 def is_same(first: Path, second: Path) -> bool:
-    """Whether two paths are one place, or could be: as written by commands that ran in different directories, one of
-    them is the end of the other."""
+    """Whether two paths are one place, or may be: one is the end of the other, as where the commands that wrote
+    them ran in different directories."""
+    if first.resolve() == second.resolve():
+        return True
     shared = min(len(first.parts), len(second.parts))
-    return first.resolve() == second.resolve() or (shared > 0 and first.parts[-shared:] == second.parts[-shared:])
+    return shared > 0 and first.parts[-shared:] == second.parts[-shared:]
 
 
 def plot_sweep(rows: list[dict], path: str | Path, baseline: tuple[str, float] | None = None) -> None:
@@ -154,8 +159,8 @@ def plot_sweep(rows: list[dict], path: str | Path, baseline: tuple[str, float] |
 
 
 def plot_lengths(data: Path, tokenizer: Tokenizer | None, path: Path) -> None:
-    """Distribution of the lengths of prompts and responses in a positives or pairs file, in tokens, or in characters
-    without a tokenizer. Responses are counted without what ends a turn."""
+    """Distribution of the lengths of prompts and responses in a positives or pairs file, in tokens, or in
+    characters without a tokenizer. Responses are counted without what ends a turn."""
     lengths = read_lengths(data, tokenizer)
     figure, axes = _subplots(path, 1, 2, (10.5, 3.8))
     unit = "tokens" if tokenizer else "characters"
@@ -169,7 +174,7 @@ def plot_lengths(data: Path, tokenizer: Tokenizer | None, path: Path) -> None:
             color = "#777777" if name == "prompt" else _color(i)
             panel.hist(values, bins, histtype="stepfilled", alpha=0.25, color=color)
             panel.hist(values, bins, histtype="step", linewidth=1.6, color=color,
-                       label=f"{name}: median {middle:,.0f}, 95 % up to {high:,.0f}, longest {values.max():,}")
+                       label=f"{name}: median {middle:,.0f}, 95 % up to {high:,.0f}, longest {max(values):,}")
             panel.axvline(middle, color=color, linestyle="--", linewidth=1.2)
         panel.set_title("Prompts" if names == ["prompt"] else "Responses")
         panel.set_xlabel(unit)
@@ -263,8 +268,9 @@ def read_results(paths: list[Path]) -> list[dict]:
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not valid JSON in UTF-8: {error}") from None
         found = found.get("results") if isinstance(found, dict) else None
-        if not isinstance(found, list) or not all(isinstance(row, dict) and keys <= row.keys() for row in found):
-            raise ValueError(f"{path}: expected 'results' with {', '.join(sorted(keys))} in each, as evaluate.py writes")
+        if not isinstance(found, list) or not all(isinstance(row, dict) and keys <= {*row} for row in found):
+            wanted = ", ".join(sorted(keys))
+            raise ValueError(f"{path}: expected 'results' with {wanted} in each, as evaluate.py writes")
         rows += found
     return rows
 
@@ -277,14 +283,15 @@ def main(argv: list[str] | None = None) -> None:
     add("runs", nargs="*", type=Path, metavar="RUN", help="output directories of train.py")
     add("--output", required=True, type=Path, help="the figure: .png or .svg")
     add("--labels", nargs="+", help="names of the runs (default: their directories')")
-    add("--results", nargs="+", type=Path, default=[], help="results.json of evaluate.py over checkpoints of the runs")
+    add("--results", nargs="+", type=Path, default=[], help="evaluate.py's results.json, over checkpoints")
     add("--lengths", type=Path, metavar="DATA", help="draw the lengths in a positives or pairs file instead")
     add("--tokenizer", help="model directory or hub id: lengths in tokens, not in characters")
     args = parser.parse_args(argv)
     if bool(args.runs) == bool(args.lengths):
         raise ValueError("give one or more runs, or --lengths DATA")
     if args.lengths:
-        return plot_lengths(args.lengths, args.tokenizer and Tokenizer.from_pretrained(args.tokenizer), args.output)
+        tokenizer = Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
+        return plot_lengths(args.lengths, tokenizer, args.output)
     labels = args.labels or [run.resolve().name for run in args.runs]
     if len(labels) != len(args.runs):
         raise ValueError(f"--labels names {len(labels)} runs, but {len(args.runs)} are given")

@@ -1,4 +1,4 @@
-"""--loss-on-prompt, --append-end-of-text and a prefill without its newline: which labels and which |y| they make."""
+"""--loss-on-prompt, --append-end-of-text and a prefill without its newline: the labels and |y| they make."""
 
 import json
 import subprocess
@@ -30,8 +30,18 @@ def folder(tmp_path_factory) -> Path:
 def load(folder: Path, method: str, *flags: str) -> tuple[Tokenizer, data.Dataset]:
     """The data set that the command trains on."""
     file = "positives.jsonl" if method == "sft" else "pairs.jsonl"
-    args = train.parse_args([method, "--model", str(folder / "model"), "--data", str(folder / file), "--output",
-                             str(folder / "out"), *flags])
+    args = train.parse_args(
+        [
+            method,
+            "--model",
+            str(folder / "model"),
+            "--data",
+            str(folder / file),
+            "--output",
+            str(folder / "out"),
+            *flags,
+        ]
+    )
     tokenizer = Tokenizer.from_pretrained(folder / "model")
     return tokenizer, train.load_data(args, args.data, tokenizer, 512)
 
@@ -47,7 +57,9 @@ def inputs_and_labels(dataset: data.Dataset, sequence: int) -> tuple[list[int], 
 
 def texts(folder: Path, method: str) -> list[tuple[list[dict], str]]:
     """(prompt, response) of every sequence."""
-    file, keys = ("positives.jsonl", ["completion"]) if method == "sft" else ("pairs.jsonl", ["chosen", "rejected"])
+    file, keys = (
+        ("positives.jsonl", ["completion"]) if method == "sft" else ("pairs.jsonl", ["chosen", "rejected"])
+    )
     rows = [json.loads(line) for line in (folder / file).read_text().splitlines()]
     return [(row["prompt"], row[key][0]["content"]) for row in rows for key in keys]
 
@@ -66,7 +78,9 @@ def test_labels_and_lengths(folder, method, official_end, loss_on_prompt):
     for s, (prompt, response) in enumerate(texts(folder, method)):
         prompt_ids = tokenizer.encode_prompt(prompt)
         completion = tokenizer.encode_completion(response)
-        completion += tokenizer.encode("<|im_end|>\n<|endoftext|>") if official_end else tokenizer.encode("<|im_end|>")
+        completion += (
+            tokenizer.encode("<|im_end|>\n<|endoftext|>") if official_end else tokenizer.encode("<|im_end|>")
+        )
         inputs, labels = inputs_and_labels(dataset, s)
         assert inputs == (prompt_ids + completion)[:-1]
         # The first token has nothing before it that could predict it.
@@ -76,15 +90,16 @@ def test_labels_and_lengths(folder, method, official_end, loss_on_prompt):
 
 
 def test_forced_think_without_the_newline(folder):
-    """The official evaluation prompt ends in `<think>`; with that prefill the training ids go on from there."""
+    """The official evaluation prompt ends in `<think>`; with that prefill training goes on from there."""
     tokenizer, dataset = load(folder, "sft", "--prefill", "<think>")
     for s, (prompt, response) in enumerate(texts(folder, "sft")):
         evaluated = tokenizer.encode_prompt(prompt, prefill="<think>")
         inputs, labels = inputs_and_labels(dataset, s)
         assert tokenizer.decode(evaluated, skip_special_tokens=False).endswith("assistant\n<think>")
         assert inputs[: len(evaluated)] == evaluated
-        assert inputs[len(evaluated):] + labels[-1:] == (
-            tokenizer.encode(response.removeprefix("<think>")) + [tokenizer.end_of_turn_id])
+        assert inputs[len(evaluated) :] + labels[-1:] == (
+            tokenizer.encode(response.removeprefix("<think>")) + [tokenizer.end_of_turn_id]
+        )
 
 
 @torch.no_grad()
@@ -93,8 +108,11 @@ def naive_logps(folder: Path, ids: list[int], labels_from: int) -> torch.Tensor:
     model = load_pretrained(folder / "model")
     inputs = torch.tensor(ids[:-1])
     cu_seqlens = torch.tensor([0, len(inputs)], dtype=torch.int32)
-    hidden = model.hidden(inputs, torch.arange(len(inputs)),
-                          lambda layer, q, k, v: packed_attention(q, k, v, cu_seqlens, len(inputs)))
+    hidden = model.hidden(
+        inputs,
+        torch.arange(len(inputs)),
+        lambda layer, q, k, v: packed_attention(q, k, v, cu_seqlens, len(inputs)),
+    )
     logps = F.log_softmax(model.logits(hidden), -1)
     return logps.gather(1, torch.tensor(ids[1:])[:, None])[labels_from - 1 :, 0]
 
@@ -103,8 +121,22 @@ def naive_logps(folder: Path, ids: list[int], labels_from: int) -> torch.Tensor:
 def test_the_command_trains_on_them(folder, method):
     flags = ["--append-end-of-text"] + ["--loss-on-prompt"] * (method == "sft")
     file = "positives.jsonl" if method == "sft" else "pairs.jsonl"
-    command = [sys.executable, str(ROOT / "train.py"), method, "--model", "model", "--data", file, "--output",
-               f"out-{method}", "--batch-size", "5", "--steps", "1", *flags]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        method,
+        "--model",
+        "model",
+        "--data",
+        file,
+        "--output",
+        f"out-{method}",
+        "--batch-size",
+        "5",
+        "--steps",
+        "1",
+        *flags,
+    ]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     metrics = json.loads((folder / f"out-{method}" / "metrics.jsonl").read_text())
 
@@ -112,7 +144,9 @@ def test_the_command_trains_on_them(folder, method):
     logps = []
     for prompt, response in texts(folder, method):
         prompt_ids = tokenizer.encode_prompt(prompt)
-        ids = prompt_ids + tokenizer.encode_completion(response) + tokenizer.encode("<|im_end|>\n<|endoftext|>")
+        ids = (
+            prompt_ids + tokenizer.encode_completion(response) + tokenizer.encode("<|im_end|>\n<|endoftext|>")
+        )
         logps.append(naive_logps(folder, ids, 1 if method == "sft" else len(prompt_ids)))
     means = torch.stack([values.mean() for values in logps])
     if method == "sft":

@@ -30,13 +30,28 @@ datasets = pytest.importorskip("datasets", reason=PEERS)
 trl_data = pytest.importorskip("trl.data_utils", reason=PEERS)
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
-             max_position_embeddings=256)
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SIZES = dict(
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 CONFIGS = {  # name: (config class, what differs from SIZES)
     "qwen2": ("Qwen2Config", {"rope_parameters": {"rope_type": "default", "rope_theta": 30000.0}}),
-    "qwen3": ("Qwen3Config", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3": (
+        "Qwen3Config",
+        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
     "llama3": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE, "rms_norm_eps": 1e-5}),
 }
 # Qwen2.5-Math's, without its branches for tools; and one that opens the reasoning itself, as Qwen3's do.
@@ -48,8 +63,8 @@ QWEN_TEMPLATE = (
     "<|im_end|>\\n' }}\n"
     "{%- endif %}\n"
     "{%- for message in messages %}\n"
-    "    {%- if (message.role == \"user\") or (message.role == \"system\" and not loop.first) or "
-    "(message.role == \"assistant\") %}\n"
+    '    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or '
+    '(message.role == "assistant") %}\n'
     "        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n"
     "    {%- endif %}\n"
     "{%- endfor %}\n"
@@ -60,19 +75,27 @@ QWEN_TEMPLATE = (
 THINKING_TEMPLATE = QWEN_TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
 CONVERSATIONS = [
     [{"role": "user", "content": "What is 1 + 2?"}],
-    [{"role": "system", "content": "Answer in one word.  "}, {"role": "user", "content": " <|im_end|> \\boxed{½} 中\n"}],
-    [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "<think>\n1 + 1 = 2\n</think>\n2"},
-     {"role": "user", "content": "and once more?"}],
+    [
+        {"role": "system", "content": "Answer in one word.  "},
+        {"role": "user", "content": " <|im_end|> \\boxed{½} 中\n"},
+    ],
+    [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "<think>\n1 + 1 = 2\n</think>\n2"},
+        {"role": "user", "content": "and once more?"},
+    ],
     [user_message("Find $x$.", "open-r1")],
 ]
 
 
 def save_with_transformers(directory: Path, name: str, tied: bool, template: str = CHATML_TEMPLATE):
-    """A random model of theirs, with every parameter away from its default, and a tokenizer, in `directory`."""
+    """A random model of theirs, every parameter away from its default, and a tokenizer, in `directory`."""
     class_name, changes = CONFIGS[name]
     tiny.write_tokenizer(directory, vocab_size=400)
     vocab_size = Tokenizer.from_pretrained(directory).vocab_size + 5
-    config = getattr(transformers, class_name)(vocab_size=vocab_size, tie_word_embeddings=tied, **SIZES, **changes)
+    config = getattr(transformers, class_name)(
+        vocab_size=vocab_size, tie_word_embeddings=tied, **SIZES, **changes
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -80,7 +103,7 @@ def save_with_transformers(directory: Path, name: str, tied: bool, template: str
             noise = torch.randn_like(parameter)
             parameter.copy_(noise * 0.15 if parameter.ndim == 2 else 1 + 0.2 * noise)
     model.save_pretrained(directory)
-    # Loaded only now: beside a Qwen2 config, transformers 5 puts Qwen2's own way to split text into any tokenizer.
+    # Only now: beside a Qwen2 config, transformers 5 puts Qwen2's own way to split text into any tokenizer.
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
@@ -117,20 +140,25 @@ def test_their_model_here_and_back(tmp_path, name, tied):
     torch.testing.assert_close(our_logits(ours, ids), expected, rtol=0, atol=1e-4)
 
     save_pretrained(ours, tmp_path / "ours", Tokenizer.from_pretrained(tmp_path / "theirs"))
-    back, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    back, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     assert type(back) is type(theirs)
     torch.testing.assert_close(their_logits(back.eval(), ids), expected, rtol=0, atol=0)
     tokenizer = Tokenizer.from_pretrained(tmp_path / "theirs")
     assert back.generation_config.eos_token_id == tokenizer.stop_ids
 
-    prompts = [some_ids(theirs.config.vocab_size, length, seed).tolist() for seed, length in enumerate((1, 7, 30))]
+    prompts = [
+        some_ids(theirs.config.vocab_size, length, seed).tolist() for seed, length in enumerate((1, 7, 30))
+    ]
     requests = [Request(prompt, key=0, max_new_tokens=40) for prompt in prompts]
     for index, sampled, _ in generate(ours, requests, tokenizer.stop_ids, temperature=0):
         prompt = torch.tensor([prompts[index]])
-        whole = back.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False,
-                              pad_token_id=0)
-        assert sampled == whole[0, prompt.shape[1]:].tolist()
+        whole = back.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, pad_token_id=0
+        )
+        assert sampled == whole[0, prompt.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -145,17 +173,23 @@ def test_config_in_the_spelling_of_transformers_4(tmp_path, name):
     config.pop("layer_types", None)
     path.write_text(json.dumps(config))
     ids = some_ids(theirs.config.vocab_size)
-    torch.testing.assert_close(our_logits(load_pretrained(tmp_path), ids), their_logits(theirs, ids), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        our_logits(load_pretrained(tmp_path), ids), their_logits(theirs, ids), rtol=0, atol=1e-4
+    )
 
 
 def test_bf16_directory_and_edited_context_as_the_paper_does(tmp_path):
     """rope_theta and max_position_embeddings replaced on loading are what transformers sees after saving."""
     theirs = save_with_transformers(tmp_path / "base", "qwen2", tied=True)
     ours = load_pretrained(tmp_path / "base", rope_theta=300000.0, max_position_embeddings=512)
-    save_pretrained(ours, tmp_path / "edited", Tokenizer.from_pretrained(tmp_path / "base"), dtype=torch.bfloat16)
+    save_pretrained(
+        ours, tmp_path / "edited", Tokenizer.from_pretrained(tmp_path / "base"), dtype=torch.bfloat16
+    )
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "edited", dtype="auto").eval()
     assert back.dtype == torch.bfloat16
-    assert back.config.rope_parameters["rope_theta"] == 300000.0 and back.config.max_position_embeddings == 512
+    assert (
+        back.config.rope_parameters["rope_theta"] == 300000.0 and back.config.max_position_embeddings == 512
+    )
     ids = some_ids(theirs.config.vocab_size)
     again = our_logits(load_pretrained(tmp_path / "edited"), ids)
     torch.testing.assert_close(their_logits(back.float(), ids), again, rtol=0, atol=1e-4)
@@ -163,8 +197,9 @@ def test_bf16_directory_and_edited_context_as_the_paper_does(tmp_path):
 
 
 @pytest.mark.parametrize("as_file", [True, False], ids=["chat_template.jinja", "tokenizer_config.json"])
-@pytest.mark.parametrize("template", [CHATML_TEMPLATE, QWEN_TEMPLATE, THINKING_TEMPLATE],
-                         ids=["chatml", "qwen", "thinking"])
+@pytest.mark.parametrize(
+    "template", [CHATML_TEMPLATE, QWEN_TEMPLATE, THINKING_TEMPLATE], ids=["chatml", "qwen", "thinking"]
+)
 @pytest.mark.parametrize("name", ["qwen2", "llama3"])
 def test_chat_text_and_ids(tmp_path, name, template, as_file):
     """In a directory of theirs, and in the one that we save from it."""
@@ -189,7 +224,9 @@ def test_chat_text_and_ids(tmp_path, name, template, as_file):
 
 
 def rows_as_trl_sees_them(path: Path, tmp_path: Path) -> list[dict]:
-    return list(datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")))
+    return list(
+        datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    )
 
 
 @pytest.mark.parametrize("file", ["positives.jsonl", "pairs.jsonl"])
@@ -232,17 +269,32 @@ PREFERENCES = [
     # Messages.
     {"prompt": [user("Sky?")], "chosen": [assistant("It is blue.")], "rejected": [assistant("It is green.")]},
     {"chosen": [user("Sky?"), assistant("blue")], "rejected": [user("Sky?"), assistant("green")]},
-    {"chosen": [user("Sky?"), assistant("Where?"), user("Here."), assistant("blue")],
-     "rejected": [user("Sky?"), assistant("Where?"), user("Here."), assistant("green")]},
-    {"prompt": [{"role": "system", "content": "Be brief."}, user("Sky?")],
-     "chosen": [assistant("blue")], "rejected": [assistant("green")]},
-    {"prompt": [user("Sky?"), assistant("Where?"), user("Here.")],
-     "chosen": [assistant("blue")], "rejected": [assistant("green")]},
+    {
+        "chosen": [user("Sky?"), assistant("Where?"), user("Here."), assistant("blue")],
+        "rejected": [user("Sky?"), assistant("Where?"), user("Here."), assistant("green")],
+    },
+    {
+        "prompt": [{"role": "system", "content": "Be brief."}, user("Sky?")],
+        "chosen": [assistant("blue")],
+        "rejected": [assistant("green")],
+    },
+    {
+        "prompt": [user("Sky?"), assistant("Where?"), user("Here.")],
+        "chosen": [assistant("blue")],
+        "rejected": [assistant("green")],
+    },
     # An answer in several turns that begin alike, after a prompt of its own.
-    {"prompt": [user("Sky?")], "chosen": [assistant("Where?"), user("Here."), assistant("blue")],
-     "rejected": [assistant("Where?"), user("Here."), assistant("green")]},
+    {
+        "prompt": [user("Sky?")],
+        "chosen": [assistant("Where?"), user("Here."), assistant("blue")],
+        "rejected": [assistant("Where?"), user("Here."), assistant("green")],
+    },
     # The official code's: the question as a string, and again inside both conversations.
-    {"prompt": "Sky?", "chosen": [user("Sky?"), assistant("blue")], "rejected": [user("Sky?"), assistant("green")]},
+    {
+        "prompt": "Sky?",
+        "chosen": [user("Sky?"), assistant("blue")],
+        "rejected": [user("Sky?"), assistant("green")],
+    },
     # The answers begin alike after an explicit prompt.
     {"prompt": "The sky is", "chosen": " light blue.", "rejected": " light green."},
 ]
@@ -255,21 +307,31 @@ def test_we_read_trls_preferences_as_trl_does(tmp_path, row):
     if len(expected["chosen"]) > 1 and isinstance(expected["prompt"], list):
         # TRL trains on every turn of the answer; we, on the last one after the same conversation.
         shared = len(expected["chosen"]) - 1
-        expected = {"prompt": expected["prompt"] + expected["chosen"][:shared],
-                    "chosen": expected["chosen"][shared:], "rejected": expected["rejected"][shared:]}
+        expected = {
+            "prompt": expected["prompt"] + expected["chosen"][:shared],
+            "chosen": expected["chosen"][shared:],
+            "rejected": expected["rejected"][shared:],
+        }
     [example] = data.read_examples(tmp_path / "rows.jsonl", pairs=True)
     assert example.prompt == expected["prompt"]
     for text, theirs in zip(example.completions, (expected["chosen"], expected["rejected"])):
         assert theirs == (text if isinstance(theirs, str) else [assistant(text)])
 
 
-@pytest.mark.parametrize("row", [
-    {"prompt": "The sky is", "completion": " blue."},
-    {"prompt": [user("Sky?")], "completion": [assistant("blue")]},
-    {"prompt": [{"role": "system", "content": "Brief."}, user("Sky?")], "completion": [assistant("blue")]},
-    {"messages": [user("Sky?"), assistant("blue")]},
-    {"messages": [user("Sky?"), assistant("Where?"), user("Here."), assistant("blue")]},
-], ids=range(5))
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "The sky is", "completion": " blue."},
+        {"prompt": [user("Sky?")], "completion": [assistant("blue")]},
+        {
+            "prompt": [{"role": "system", "content": "Brief."}, user("Sky?")],
+            "completion": [assistant("blue")],
+        },
+        {"messages": [user("Sky?"), assistant("blue")]},
+        {"messages": [user("Sky?"), assistant("Where?"), user("Here."), assistant("blue")]},
+    ],
+    ids=range(5),
+)
 def test_we_read_trls_sft_forms_as_trl_does(tmp_path, row):
     """The text trained on is the one that TRL renders, up to the newline behind the last turn."""
     tiny.write_tokenizer(tmp_path)
@@ -328,7 +390,11 @@ def test_losses_copied_into_a_transformers_loop(tmp_path, tied, monkeypatch):
     for i, s in enumerate(sequences):
         ids = torch.from_numpy(dataset.ids[dataset.offsets[s] : dataset.offsets[s + 1]].astype("int64"))
         prompt = dataset.prompt_lengths[s]
-        input_ids[i, : len(ids)], attention_mask[i, : len(ids)], labels[i, prompt : len(ids)] = ids, 1, ids[prompt:]
+        input_ids[i, : len(ids)], attention_mask[i, : len(ids)], labels[i, prompt : len(ids)] = (
+            ids,
+            1,
+            ids[prompt:],
+        )
 
     class KeepGradients:
         def step(self):
@@ -346,8 +412,23 @@ def test_losses_copied_into_a_transformers_loop(tmp_path, tied, monkeypatch):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
     # And our own step as the command takes it.
-    command = [sys.executable, str(ROOT / "train.py"), "redi", "--model", "model", "--data", "pairs.jsonl", "--output",
-               "out", "--batch-size", "5", "--steps", "1", "--micro-batch-tokens", "150"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "redi",
+        "--model",
+        "model",
+        "--data",
+        "pairs.jsonl",
+        "--output",
+        "out",
+        "--batch-size",
+        "5",
+        "--steps",
+        "1",
+        "--micro-batch-tokens",
+        "150",
+    ]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     metrics = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
     assert metrics["loss"] == pytest.approx(value, abs=1e-5)
@@ -358,9 +439,12 @@ def test_loss_on_prompt_is_what_the_official_collator_does(tmp_path):
     """Labels of a packed batch, before the shift by one that transformers makes inside its loss."""
     tiny.write_tokenizer(tmp_path)
     tiny.write_rows(tmp_path, examples=5)
-    settings = data.TokenSettings(pairs=False, max_prompt=512, max_response=512, max_total=512, loss_on_prompt=True)
-    dataset = data.load_dataset(tmp_path / "positives.jsonl", Tokenizer.from_pretrained(tmp_path), settings,
-                                tmp_path / "ids")
+    settings = data.TokenSettings(
+        pairs=False, max_prompt=512, max_response=512, max_total=512, loss_on_prompt=True
+    )
+    dataset = data.load_dataset(
+        tmp_path / "positives.jsonl", Tokenizer.from_pretrained(tmp_path), settings, tmp_path / "ids"
+    )
     sequences = [dataset.ids[start:end].tolist() for start, end in zip(dataset.offsets, dataset.offsets[1:])]
     theirs = transformers.DataCollatorWithFlattening()([{"input_ids": ids} for ids in sequences])
     # Theirs takes each sequence's last token as an input too, which predicts nothing.

@@ -21,9 +21,17 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parent.parent
 # Qwen2.5-Math-1.5B
 QWEN_1_5B = {
-    "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
-    "rope_theta": 300000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rope_theta": 300000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
 }
 
 
@@ -52,11 +60,28 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method, file, batch_size", [("redi", "pairs.jsonl", 5), ("sft", "positives.jsonl", 8)])
+@pytest.mark.parametrize(
+    "method, file, batch_size", [("redi", "pairs.jsonl", 5), ("sft", "positives.jsonl", 8)]
+)
 def test_steps_and_tokens_are_those_of_a_real_run(folder, method, file, batch_size):
     """Without the weights, which are not read; with rows left out, and a last step that is smaller."""
-    settings = [method, "--data", file, "--batch-size", str(batch_size), "--epochs", "2", "--micro-batch-tokens", "300",
-                "--max-response-tokens", "60", "--max-tokens", "80", "--seed", "3"]
+    settings = [
+        method,
+        "--data",
+        file,
+        "--batch-size",
+        str(batch_size),
+        "--epochs",
+        "2",
+        "--micro-batch-tokens",
+        "300",
+        "--max-response-tokens",
+        "60",
+        "--max-tokens",
+        "80",
+        "--seed",
+        "3",
+    ]
     run(folder, *settings, "--model", "model", "--output", method)
     rows = [json.loads(line) for line in (folder / method / "metrics.jsonl").read_text().splitlines()]
 
@@ -75,7 +100,17 @@ def test_steps_and_tokens_are_those_of_a_real_run(folder, method, file, batch_si
 
 
 def test_more_ranks_share_the_work(folder):
-    settings = ["redi", "--model", "model", "--data", "pairs.jsonl", "--batch-size", "8", "--micro-batch-tokens", "400"]
+    settings = [
+        "redi",
+        "--model",
+        "model",
+        "--data",
+        "pairs.jsonl",
+        "--batch-size",
+        "8",
+        "--micro-batch-tokens",
+        "400",
+    ]
     one, four = (planned(folder, *settings, "--world-size", ranks) for ranks in ("1", "4"))
     for pattern in (r"tokens +([\d,]+);", r"arithmetic +(\S+)", r"longest +(.*)"):
         assert figure(one, pattern) == figure(four, pattern)
@@ -103,14 +138,18 @@ def test_matrix_products_counted_by_torch(recompute, tied):
 
 
 def test_arithmetic_of_the_papers_model():
-    """Against facts worked out by hand: 1310.2M + 233.4M parameters in products, 86,016 FLOPs a token and context."""
+    """Worked out by hand: 1310.2M + 233.4M parameters in products, 86,016 FLOPs a token and its context."""
     config = ModelConfig.from_dict(QWEN_1_5B)
     size = np.array([5500.0])
     per_token = plan.training_flops(config, size, 0 * size, recompute=False)[0] / 5500
     assert per_token == pytest.approx(3 * (2 * 1310.2e6 + 86016 * 5500), rel=1e-4)
-    head = (plan.training_flops(config, size, size, False) - plan.training_flops(config, size, 0 * size, False))[0]
+    head = (
+        plan.training_flops(config, size, size, False) - plan.training_flops(config, size, 0 * size, False)
+    )[0]
     assert head / 5500 == pytest.approx(8 * 233.4e6, rel=2e-4)
-    assert plan.forward_flops(config, size, size)[0] / 5500 == pytest.approx(2 * 1543.6e6 + 86016 * 5500, rel=1e-4)
+    assert plan.forward_flops(config, size, size)[0] / 5500 == pytest.approx(
+        2 * 1543.6e6 + 86016 * 5500, rel=1e-4
+    )
 
 
 def test_memory_of_the_papers_model_adds_up():
@@ -137,7 +176,9 @@ def test_what_does_not_fit_is_named_with_what_would(folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (wide / name).write_bytes((folder / "model" / name).read_bytes())
     del config["rope_parameters"]
-    (wide / "config.json").write_text(json.dumps({**config, **QWEN_1_5B, "num_hidden_layers": 80, "head_dim": 128}))
+    (wide / "config.json").write_text(
+        json.dumps({**config, **QWEN_1_5B, "num_hidden_layers": 80, "head_dim": 128})
+    )
 
     def verdict(*more: str) -> str:
         text = planned(folder, "redi", "--model", "wide", "--data", "pairs.jsonl", *more)
@@ -148,15 +189,25 @@ def test_what_does_not_fit_is_named_with_what_would(folder):
     assert verdict("--memory-gib", "80", "--world-size", "8").startswith("fits: ")
     text = verdict("--memory-gib", "12", "--world-size", "8", "--no-gradient-checkpointing")
     limit = figure(text, r"--micro-batch-tokens (\d+) would$")
-    assert verdict("--memory-gib", "12", "--world-size", "8", "--no-gradient-checkpointing", "--micro-batch-tokens",
-                   limit).startswith("fits: ")
+    assert verdict(
+        "--memory-gib",
+        "12",
+        "--world-size",
+        "8",
+        "--no-gradient-checkpointing",
+        "--micro-batch-tokens",
+        limit,
+    ).startswith("fits: ")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--utilization", "0"], "--utilization is 0.0; it must be above 0"),
-    (["--world-size", "0"], "--world-size is 0; it must be above 0"),
-    (["--memory-gib", "-1"], "--memory-gib is -1.0; it must be above 0"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--utilization", "0"], "--utilization is 0.0; it must be above 0"),
+        (["--world-size", "0"], "--world-size is 0; it must be above 0"),
+        (["--memory-gib", "-1"], "--memory-gib is -1.0; it must be above 0"),
+    ],
+)
 def test_bad_settings(folder, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         planned(folder, "redi", "--model", "model", "--data", "pairs.jsonl", *arguments)
