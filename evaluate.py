@@ -1,11 +1,11 @@
 """Sample answers to benchmark problems and score them: pass@1 ± SEM and pass@k.
 
-    python evaluate.py --model out/redi/final --problems math500.jsonl aime24.jsonl --samples 16 --output out/eval
-    torchrun --nproc-per-node 8 evaluate.py …                       # the samples are spread over the processes
+    python evaluate.py --model out/redi/final --problems math500.jsonl aime24.jsonl --output out/eval
+    torchrun --nproc-per-node 8 evaluate.py …              # the samples are spread over the processes
     python evaluate.py --score samples.jsonl --problems math500.jsonl
 
-Each finished sample is appended to OUTPUT/MODEL/BENCHMARK/samples.jsonl at once; the same command continues after an
-interruption, with any number of processes. The table goes to the screen and to OUTPUT/results.json.
+Each finished sample is appended to OUTPUT/MODEL/BENCHMARK/samples.jsonl at once; the same command continues
+after an interruption, with any number of processes. The table goes to the screen and to OUTPUT/results.json.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -46,8 +47,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @dataclass
 class Benchmark:
     name: str  # of the file, without its suffix
-    problems: dict[str, str]  # by id, in the file's order
-    answers: dict[str, list[str]]  # by id: any of them is right
+    problems: dict[str, str]  # by id, in the file's order; the first --limit
+    answers: dict[str, list[str]]  # by id, for all of the file: any of them is right
     digest: str  # SHA-256 of the file
 
 
@@ -55,14 +56,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     benchmarks = [read_benchmark(path, args.limit) for path in args.problems]
     refuse_equal_names([benchmark.name for benchmark in benchmarks], args.problems)
-    refuse_equal_names([storage_name(path) for path in args.model or []], args.model)
     if args.score:
         report(score(args, benchmarks), args.output)
         return
+    refuse_equal_names([storage_name(path) for path in args.model], args.model)
     end_with_torchrun()
-    joined_here = not dist.is_initialized()
+    joined_here, threads = not dist.is_initialized(), torch.get_num_threads()
     device = init_process_group()
-    threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
         # Gloo, because ranks wait here for the longest response, and NCCL gives up after ten minutes.
@@ -91,9 +91,8 @@ class Model:
         self.config = load_config(self.directory)
         self.tokenizer = Tokenizer.from_pretrained(self.directory)
         if self.tokenizer.vocab_size > self.config.vocab_size:
-            raise ValueError(
-                f"{path}: the tokenizer has {self.tokenizer.vocab_size} ids, the model only {self.config.vocab_size}"
-            )
+            ids = self.tokenizer.vocab_size
+            raise ValueError(f"{path}: the tokenizer has {ids} ids, the model only {self.config.vocab_size}")
         with torch.device("meta"):
             check_weights(CausalLM(self.config), self.directory)
         digest = hashlib.sha256(weights_digest(self.directory).encode())
@@ -101,7 +100,7 @@ class Model:
             if (self.directory / name).is_file():
                 digest.update(f"{name} {file_digest(self.directory / name)}".encode())
         self.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        # What a sample depends on. Samples of other settings never mix with these.
+        # What a sample depends on, besides the problem. Samples of other settings never mix with these.
         self.settings = {
             "model_digest": digest.hexdigest(),
             "dtype": self.dtype,
@@ -117,14 +116,18 @@ class Model:
     def folder(self, benchmark: Benchmark) -> Path:
         return Path(self.args.output) / self.name / benchmark.name
 
+    def settings_on(self, benchmark: Benchmark) -> dict:
+        return {**self.settings, "data_digest": benchmark.digest}
+
     def check(self, benchmark: Benchmark) -> None:
         """Raises ValueError for prompts over the context and for samples of other settings in the folder."""
-        check_settings(self.folder(benchmark), {**self.settings, "data_digest": benchmark.digest})
+        check_settings(self.folder(benchmark), self.settings_on(benchmark))
+        context = self.config.max_position_embeddings
         for id, prompt_ids in self.prompts(benchmark).items():
-            if len(prompt_ids) >= self.config.max_position_embeddings:
+            if len(prompt_ids) >= context:
                 raise ValueError(
-                    f"{benchmark.name}, problem {id!r}: the prompt has {len(prompt_ids)} tokens, which leaves no room "
-                    f"in the context of {self.config.max_position_embeddings} of {self.path}"
+                    f"{benchmark.name}, problem {id!r}: the prompt has {len(prompt_ids)} tokens, which leaves "
+                    f"no room in the context of {context} of {self.path}"
                 )
 
     def prompts(self, benchmark: Benchmark) -> dict[str, list[int]]:
@@ -136,14 +139,14 @@ class Model:
 
 
 def evaluate(model: Model, benchmarks: list[Benchmark], args, device: torch.device, group) -> list[dict]:
-    """Draw and score the samples that are still missing, then return one row of results a benchmark (on rank 0)."""
+    """Draw and score the samples that are missing. Returns a row of results a benchmark (on rank 0)."""
     with contextlib.ExitStack() as locks:
         if dist.get_rank() == 0:
             for benchmark in benchmarks:
                 folder = model.folder(benchmark)
                 folder.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(locked(folder))
-                start_folder(folder, {**model.settings, "data_digest": benchmark.digest}, benchmark)
+                start_folder(folder, model.settings_on(benchmark), benchmark)
         dist.barrier(group)
         draw_missing(model, benchmarks, args, device, group)
         dist.barrier(group)
@@ -152,43 +155,41 @@ def evaluate(model: Model, benchmarks: list[Benchmark], args, device: torch.devi
         table = []
         for benchmark in benchmarks:
             samples = merge_samples(model.folder(benchmark), benchmark)
-            settings = {**model.settings, "data_digest": benchmark.digest}
-            row = summarise(benchmark, samples, args.samples, settings)
+            row = summarise(benchmark, samples, args.samples, model.settings_on(benchmark))
             table.append({"model": model.name, "path": model.path, **row})
         return table
 
 
 def draw_missing(model: Model, benchmarks: list[Benchmark], args, device: torch.device, group) -> None:
     """Find the samples that no run has finished yet, and draw this rank's share of them."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks, context = dist.get_rank(), dist.get_world_size(), model.config.max_position_embeddings
     todo, requests = [], []  # todo[i] = (benchmark, id, sample) of requests[i]
     for benchmark in benchmarks:
-        done = read_samples(model.folder(benchmark), benchmark)
+        done = {key for key, _ in read_samples(samples_file(model.folder(benchmark), 0))}
         for id, prompt_ids in model.prompts(benchmark).items():
-            room = model.config.max_position_embeddings - len(prompt_ids)
+            limit = min(args.max_new_tokens, context - len(prompt_ids))
             for sample in range(args.samples):
                 if (id, sample) not in done:
-                    key = sample_key(args.seed, id, sample)
                     todo.append((benchmark, id, sample))
-                    requests.append(Request(prompt_ids, key, min(args.max_new_tokens, room)))
+                    requests.append(Request(prompt_ids, sample_key(args.seed, id, sample), limit))
     dist.barrier(group)  # nobody appends before everybody has read
     if rank == 0 and any(request.max_new_tokens < args.max_new_tokens for request in requests):
         print(
-            f"{model.name}: the context of {model.config.max_position_embeddings} tokens ends some responses before "
-            f"--max-new-tokens {args.max_new_tokens}",
+            f"{model.name}: the context of {context} tokens ends some responses before --max-new-tokens "
+            f"{args.max_new_tokens}",
             file=sys.stderr,
         )
+    # One by one to the ranks: every rank gets as many, of every problem.
     draw(model, todo[rank::ranks], requests[rank::ranks], args, device, rank)
 
 
 def draw(model: Model, todo: list, requests: list[Request], args, device: torch.device, rank: int) -> None:
-    """Generate this rank's samples, and append each with its score as it finishes."""
+    """Generate these samples, and append each with its score as it finishes."""
     if not requests:
         return
     weights = load_pretrained(model.directory, device, DTYPES[model.dtype]).eval()
-    stop_ids = set(model.tokenizer.stop_ids)
     rows = args.rows or (64 if device.type == "cuda" else 16)
-    samples = generate(weights, requests, stop_ids, args.temperature, args.top_p, rows)
+    samples = generate(weights, requests, model.tokenizer.stop_ids, args.temperature, args.top_p, rows)
     progress = tqdm(samples, model.name, len(requests), unit="sample", disable=rank != 0 or None, smoothing=0)
     for index, ids, finish_reason in progress:
         benchmark, id, sample = todo[index]
@@ -208,18 +209,84 @@ def scored(row: dict, benchmark: Benchmark) -> dict:
     return {**row, "answer": extract_answer(response), "correct": is_correct(response, answers)}
 
 
-# Samples on disk. Rank 0 appends to samples.jsonl, rank r to samples.rank-r.jsonl, which rank 0 takes over when all
-# are done or, after an interruption, when the next run starts.
-
-
 def samples_file(folder: Path, rank: int) -> Path:
+    """Rank 0 appends to samples.jsonl. It takes over the other ranks' files when all are done or, after an
+    interruption, when the next run starts."""
     return folder / (f"samples.rank-{rank}.jsonl" if rank else "samples.jsonl")
+
+
+def read_samples(path: Path) -> Iterator[tuple[tuple[str, int], dict]]:
+    """((id, sample), row) of each line of a samples file of ours, which may not exist yet."""
+    for line, row in read_jsonl(path) if path.exists() else ():
+        key = row.get("id"), row.get("sample")
+        if not isinstance(row.get("response"), str) or not isinstance(key[1], int) or "correct" not in row:
+            raise ValueError(f"{path}, line {line}: expected the keys id, sample, response and correct")
+        yield key, row
+
+
+def merge_samples(folder: Path, benchmark: Benchmark, rescore: bool = False) -> dict[tuple[str, int], dict]:
+    """Bring all ranks' samples into samples.jsonl, in the order of the problems, and return them by (id,
+    sample).
+
+    Killed at any moment it loses nothing: the other files go only after their rows are in place, and a row
+    met twice counts once.
+    """
+    main, others = samples_file(folder, 0), sorted(folder.glob("samples.rank-*.jsonl"))
+    samples, rows_read = {}, 0
+    for path in [main, *others]:
+        drop_partial_line(path)
+        for key, row in read_samples(path):
+            rows_read += 1
+            samples.setdefault(key, scored(row, benchmark) if rescore else row)
+    keys = in_order(samples, benchmark)
+    if rescore or others or keys != list(samples) or rows_read > len(samples):
+        with write_atomically(main) as file:
+            file.writelines(json_line(samples[key]) for key in keys)
+    for path in others:
+        path.unlink()
+    return samples
+
+
+def in_order(samples: dict[tuple[str, int], dict], benchmark: Benchmark) -> list[tuple[str, int]]:
+    order = {id: i for i, id in enumerate(benchmark.answers)}
+    return sorted(samples, key=lambda key: (order[key[0]], key[1]))
+
+
+def check_settings(folder: Path, settings: dict) -> dict | None:
+    """The folder's settings.json (None for a new folder). Raises ValueError where it differs from
+    `settings`."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        if any(folder.glob("samples*.jsonl")):
+            raise ValueError(f"{folder}: holds samples but no settings.json; choose another --output")
+        return None
+    found = read_json(path)
+    for key, value in settings.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"{folder}: holds samples made with {key} {found.get(key)!r}, now asked for {value!r}; "
+                "choose another --output or remove that folder"
+            )
+    return found
+
+
+def start_folder(folder: Path, settings: dict, benchmark: Benchmark) -> None:
+    """Make a folder ready to be appended to: settings written, what an interrupted run left tidied up, and
+    samples scored anew where the checker has changed since."""
+    found, settings = check_settings(folder, settings), {**settings, "checker": checker_version()}
+    for leftover in folder.glob("*.partial-*"):
+        leftover.unlink()
+    if found is not None:
+        merge_samples(folder, benchmark, rescore=found.get("checker") != settings["checker"])
+    if found != settings:
+        with write_atomically(folder / "settings.json") as file:
+            json.dump(settings, file, indent=2)
 
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Keep other runs out of a folder. Raises ValueError when one is still there after some seconds (the processes of
-    a killed torchrun need a moment to notice)."""
+    """Keep other runs out of a folder. Raises ValueError when one is still there after some seconds (the
+    processes of a killed torchrun need a moment to notice)."""
     handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + 10
     try:
         while True:
@@ -238,7 +305,8 @@ def locked(folder: Path):
 
 
 def end_with_torchrun() -> None:
-    """A torchrun killed with -9 leaves its processes running: they would go on for hours beside the next run."""
+    """A torchrun killed with -9 leaves its processes running: they would go on for hours beside the next
+    run."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     parent = os.getppid()
@@ -251,88 +319,19 @@ def end_with_torchrun() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def check_settings(folder: Path, settings: dict) -> dict | None:
-    """The folder's settings.json (None for a new folder). Raises ValueError where it differs from `settings`."""
-    path = folder / "settings.json"
-    if not path.is_file():
-        if any(folder.glob("samples*.jsonl")):
-            raise ValueError(f"{folder}: holds samples but no settings.json; choose another --output")
-        return None
-    found = read_json(path)
-    for key, value in settings.items():
-        if found.get(key) != value:
-            raise ValueError(
-                f"{folder}: holds samples made with {key} {found.get(key)!r}, now asked for {value!r}; choose another "
-                "--output or remove that folder"
-            )
-    return found
-
-
-def start_folder(folder: Path, settings: dict, benchmark: Benchmark) -> None:
-    """Make a folder ready to be appended to: settings written, what an interrupted run left tidied up, and samples
-    scored anew where the checker has changed since."""
-    found, settings = check_settings(folder, settings), {**settings, "checker": checker_version()}
-    for leftover in folder.glob("*.partial-*"):
-        leftover.unlink()
-    if found is not None:
-        merge_samples(folder, benchmark, rescore=found.get("checker") != settings["checker"])
-    if found != settings:
-        with write_atomically(folder / "settings.json") as file:
-            json.dump(settings, file, indent=2, ensure_ascii=False)
-
-
-def read_samples(folder: Path, benchmark: Benchmark, files: list[Path] | None = None) -> dict[tuple[str, int], dict]:
-    """The rows of samples.jsonl by (id, sample), or of several files, where the first to hold a sample counts."""
-    samples = {}
-    for path in [samples_file(folder, 0)] if files is None else files:
-        if not path.exists():
-            continue
-        for line, row in read_jsonl(path):
-            key = (row.get("id"), row.get("sample"))
-            if not (isinstance(row.get("response"), str) and isinstance(key[1], int) and "correct" in row):
-                raise ValueError(f"{path}, line {line}: expected the keys id, sample, response and correct")
-            samples.setdefault(key, row)
-    return samples
-
-
-def merge_samples(folder: Path, benchmark: Benchmark, rescore: bool = False) -> dict[tuple[str, int], dict]:
-    """Bring all ranks' samples into samples.jsonl, in the order of the problems. Killed at any moment it loses
-    nothing: the other ranks' files go only after their rows are in place, and a row met twice counts once."""
-    main, others = samples_file(folder, 0), sorted(folder.glob("samples.rank-*.jsonl"))
-    for path in [main, *others]:
-        drop_partial_line(path)
-    samples = read_samples(folder, benchmark, [main, *others])
-    if rescore:
-        samples = {key: scored(row, benchmark) for key, row in samples.items()}
-    text = "".join(json_line(samples[key]) for key in in_order(samples, benchmark))
-    if samples and (not main.exists() or main.read_bytes() != text.encode()):
-        with write_atomically(main) as file:
-            file.write(text)
-    for path in others:
-        path.unlink()
-    return samples
-
-
-def in_order(samples: dict[tuple[str, int], dict], benchmark: Benchmark) -> list[tuple[str, int]]:
-    order = {id: i for i, id in enumerate(benchmark.answers)}
-    return sorted(samples, key=lambda key: (order[key[0]], key[1]))
-
-
-# Scoring generations made elsewhere.
-
-
 def score(args: argparse.Namespace, benchmarks: list[Benchmark]) -> list[dict]:
-    """Score the responses of --score. Rows hold `id` and `response` (a string, or a list of them), or `outputs` as
-    vLLM writes them. Raises ValueError where a problem has no response, or fewer than another."""
+    """Score the responses in --score. A row holds `id` and `response` (a text, or a list of them), or
+    `outputs` as vLLM writes them. Raises ValueError where a problem has no response, or fewer than
+    another."""
     owners = {}
     for benchmark in benchmarks:
         for id in benchmark.answers:
             if owners.setdefault(id, benchmark) is not benchmark:
-                raise ValueError(f"problem id {id!r} stands in {owners[id].name} and in {benchmark.name}; score them apart")
+                names = f"{owners[id].name} and {benchmark.name}"
+                raise ValueError(f"problem id {id!r} stands in both {names}; score them apart")
     samples = {benchmark.name: {} for benchmark in benchmarks}
     for line, row in read_jsonl(args.score):
-        where = f"{args.score}, line {line}"
-        id = str(row.get("id"))
+        where, id = f"{args.score}, line {line}", str(row.get("id"))
         if id not in owners:
             raise ValueError(f"{where}: id {row.get('id')!r} is not among the problems")
         found = samples[owners[id].name]
@@ -347,8 +346,14 @@ def score(args: argparse.Namespace, benchmarks: list[Benchmark]) -> list[dict]:
     for benchmark in benchmarks:
         found = samples[benchmark.name]
         k = args.samples or max((sample + 1 for _, sample in found), default=1)
-        check_complete(benchmark, found, k, args.score)
-        keys = tqdm(in_order(found, benchmark), benchmark.name, unit="sample")
+        for id in benchmark.problems:
+            for sample in range(k):
+                if (id, sample) not in found:
+                    raise ValueError(
+                        f"{args.score}: problem {id!r} of {benchmark.name} lacks sample {sample} of {k}; "
+                        "every problem needs the same number (--samples takes fewer of them)"
+                    )
+        keys = tqdm(in_order(found, benchmark), benchmark.name, unit="sample", disable=None)
         found = {key: scored(found[key], benchmark) for key in keys}
         settings = {"samples_digest": file_digest(Path(args.score)), "data_digest": benchmark.digest}
         if args.output:
@@ -361,42 +366,24 @@ def score(args: argparse.Namespace, benchmarks: list[Benchmark]) -> list[dict]:
     return table
 
 
-def outputs_of(row: dict, where: str) -> list[dict]:
-    """The responses in one row as samples without an id: sample (None where not given), response, finish_reason and
-    tokens (None where not given)."""
+def outputs_of(row: dict, where: str) -> Iterator[dict]:
+    """The responses in one row: sample, response, finish_reason, tokens; None where the row does not say."""
     responses = next((row[key] for key in ("response", "responses", "outputs") if key in row), None)
-    several = isinstance(responses, list)
-    outputs = []
-    for i, output in enumerate(responses if several else [responses]):
+    outputs = responses if isinstance(responses, list) else [row | {"text": responses}]
+    for output in outputs:
         fields = output if isinstance(output, dict) else {"text": output}
-        text, token_ids = fields.get("text"), fields.get("token_ids")
+        sample, text, token_ids = fields.get("sample"), fields.get("text"), fields.get("token_ids")
         if not isinstance(text, str):
-            raise ValueError(f"{where}: expected 'response' (text, or a list of texts) or vLLM's 'outputs'")
-        rest = {key: pick(row.get(key), i) if several else row.get(key) for key in ("finish_reason", "tokens")}
-        outputs.append({
-            "sample": None if several else row.get("sample"),
+            raise ValueError(f"{where}: expected 'response' (a text, or a list of them) or vLLM's 'outputs'")
+        if sample is not None and not isinstance(sample, int):
+            raise ValueError(f"{where}: 'sample' is {sample!r}; expected a whole number")
+        tokens = len(token_ids) if isinstance(token_ids, list) else fields.get("tokens")
+        yield {
+            "sample": sample,
             "response": text,
-            "finish_reason": fields.get("finish_reason", rest["finish_reason"]),
-            "tokens": len(token_ids) if isinstance(token_ids, list) else rest["tokens"],
-        })  # fmt: skip
-    return outputs
-
-
-def pick(values, i: int):
-    return values[i] if isinstance(values, list) and i < len(values) else None
-
-
-# Results.
-
-
-def check_complete(benchmark: Benchmark, samples: dict, k: int, source: str | Path) -> None:
-    for id in benchmark.problems:
-        for sample in range(k):
-            if (id, sample) not in samples:
-                raise ValueError(
-                    f"{source}: problem {id!r} of {benchmark.name} lacks sample {sample} of {k}; pass@1 and its error "
-                    "need the same number for every problem (--samples takes fewer of them)"
-                )
+            "finish_reason": fields.get("finish_reason"),
+            "tokens": tokens if isinstance(tokens, int) else None,
+        }
 
 
 def summarise(benchmark: Benchmark, samples: dict[tuple[str, int], dict], k: int, settings: dict) -> dict:
@@ -407,19 +394,20 @@ def summarise(benchmark: Benchmark, samples: dict[tuple[str, int], dict], k: int
     flat = [row for of_problem in rows for row in of_problem]
     tokens = [row["tokens"] for row in flat]
     reasons = [row["finish_reason"] for row in flat]
-    waits = sum(row["response"].count("Wait") for row in flat)
-    counted = None not in tokens
+    waits = sum(row["response"].count("Wait") for row in flat)  # paper, Figure 8
+    total = None if None in tokens else sum(tokens)
+    ks = sorted({*(2**j for j in range(k.bit_length())), k})
     return {
         "benchmark": benchmark.name,
         "problems": len(rows),
         "samples": k,
         "pass@1": mean,
         "sem": sem,
-        "pass@k": {str(i): pass_at_k(correct, i) for i in [*(2**j for j in range(k.bit_length())), k] if i <= k},
+        "pass@k": {str(i): pass_at_k(correct, i) for i in ks},
         "truncated": None if None in reasons else reasons.count("length") / len(flat),
-        "mean_tokens": sum(tokens) / len(flat) if counted else None,
+        "mean_tokens": None if total is None else total / len(flat),
         "waits_per_response": waits / len(flat),
-        "waits_per_token": waits / sum(tokens) if counted and sum(tokens) else None,
+        "waits_per_token": waits / total if total else None,
         "settings": settings,
         "versions": {
             "checker": checker_version(),
@@ -429,17 +417,17 @@ def summarise(benchmark: Benchmark, samples: dict[tuple[str, int], dict], k: int
 
 
 def report(table: list[dict], output: str | None) -> None:
-    """Print the table, and put its rows into OUTPUT/results.json beside those of other models and benchmarks."""
+    """Print the table, and put its rows into OUTPUT/results.json beside those of other models and
+    benchmarks."""
     lines = [("benchmark", "model", "n", "pass@1", "pass@k", "truncated", "tokens")]
     for row in sorted(table, key=lambda row: row["benchmark"]):
-        sem = "" if row["sem"] is None else f" ± {100 * row['sem']:.1f}"
         k = str(row["samples"])
+        pass_1 = f"{100 * row['pass@1']:.1f}" + ("" if row["sem"] is None else f" ± {100 * row['sem']:.1f}")
+        pass_k = f"{100 * row['pass@k'][k]:.1f} (k = {k})"
         truncated = "-" if row["truncated"] is None else f"{100 * row['truncated']:.1f} %"
         tokens = "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}"
-        lines.append((
-            row["benchmark"], row["model"], str(row["problems"]), f"{100 * row['pass@1']:.1f}{sem}",
-            f"{100 * row['pass@k'][k]:.1f} (k = {k})", truncated, tokens,
-        ))  # fmt: skip
+        name, n = (row["benchmark"], row["model"]), str(row["problems"])
+        lines.append((*name, n, pass_1, pass_k, truncated, tokens))
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -457,32 +445,26 @@ def checker_version() -> str:
     return f"{answer_checker.VERSION} ({file_digest(Path(answer_checker.__file__))[:16]})"
 
 
-# Reading what is asked for.
-
-
 def read_benchmark(path: str, limit: int | None) -> Benchmark:
-    """Read problems: `problem` or `question`; `answer` or `final_answer` (a string, a number, or a list of acceptable
-    ones), or a `solution` with a box; `id` or `unique_id`, or else NAME-0, NAME-1, ….
+    """Read problems: `problem` or `question`; `answer` or `final_answer` (a text, a number, or a list of
+    acceptable ones), or a `solution` with a box; `id` or `unique_id`, or else NAME-0, NAME-1, ….
 
-    The first `limit` are kept. Raises ValueError naming file and line.
+    Raises ValueError naming file and line.
     """
     name, problems, answers, lines = Path(path).stem, {}, {}, {}
     for line, row in read_jsonl(path):
-        where = f"{path}, line {line}"
-        id = first_of(row, "id", "unique_id")
+        where, id = f"{path}, line {line}", first_of(row, "id", "unique_id")
         id = f"{name}-{len(lines)}" if id is None else str(id)
         problem = first_of(row, "problem", "question")
         if not isinstance(problem, str) or not problem.strip():
             raise ValueError(f"{where}: expected a text under 'problem' or 'question'")
         if id in lines:
             raise ValueError(f"{where}: id {id!r} is already that of line {lines[id]}")
-        lines[id] = line
-        answers[id] = acceptable_answers(row, where)
-        problems[id] = problem
+        lines[id], problems[id], answers[id] = line, problem, acceptable_answers(row, where)
     if not problems:
         raise ValueError(f"{path}: holds no problems")
-    kept = list(problems)[:limit]
-    return Benchmark(name, {id: problems[id] for id in kept}, answers, file_digest(Path(path)))
+    kept = {id: problems[id] for id in list(problems)[:limit]}
+    return Benchmark(name, kept, answers, file_digest(Path(path)))
 
 
 def acceptable_answers(row: dict, where: str) -> list[str]:
@@ -495,8 +477,8 @@ def acceptable_answers(row: dict, where: str) -> list[str]:
             answer = int(answer)
         if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
             raise ValueError(
-                f"{where}: expected an answer (text, a number, or a list of them) under 'answer' or 'final_answer', or a "
-                f"'solution' with a box; found {answer!r}"
+                f"{where}: expected an answer (a text, a number, or a list of them) under 'answer' or "
+                f"'final_answer', or a 'solution' with a box; found {answer!r}"
             )
         answers.append(str(answer))
     if not answers:
@@ -519,7 +501,7 @@ def read_json(path: Path) -> dict:
 
 
 def storage_name(path: str) -> str:
-    """The last two parts of a path or hub id: checkpoints of different runs share their last (final, step-000100)."""
+    """The last two parts of a path or hub id, since the last one may be common (final, step-000100)."""
     full = Path(os.path.abspath(path)) if Path(path).exists() else Path(path)
     return "-".join(part for part in full.parts[-2:] if part != full.anchor)
 
@@ -540,18 +522,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--score", metavar="FILE", help="score these samples (JSONL: id, response) instead of drawing any")
     add("--output", metavar="DIR", help="where samples and results.json go")
     add("--samples", type=int, help="samples a problem (default 16; with --score all there are)")
-    add("--limit", type=int, help="use only the first LIMIT problems of each file")
+    add("--limit", type=int, help="problems of each file to use, from its start (default all)")
     add("--temperature", type=float, default=0.6, help="0 takes the likeliest token (default %(default)s)")
     add("--top-p", type=float, default=0.95, help="probability mass kept (default %(default)s)")
-    add("--max-new-tokens", type=int, default=32768, help="tokens in a response, prefill not counted (default %(default)s)")
+    add("--max-new-tokens", type=int, default=32768,
+        help="tokens of a response at most, the prefill not counted (default %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the random numbers (default %(default)s)")
-    add("--prefill", default="<think>\n", help=r"what each response is made to begin with, \n for a line end (default <think>\n)")
+    add("--prefill", default="<think>\n",
+        help=r"what each response is made to begin with; \n is a line end (default <think>\n)")  # fmt: skip
     add("--system-prompt", help="in place of the chat template's own")
-    add("--prompt-template", choices=sorted(PROMPT_TEMPLATES), default="none", help="text around the problem (default none)")
+    add("--prompt-template", choices=sorted(PROMPT_TEMPLATES), default="none",
+        help="text around the problem (default %(default)s)")  # fmt: skip
     add("--rows", type=int, help="responses decoded side by side (default 16 on CPU, 64 on CUDA)")
-    add("--dtype", choices=sorted(DTYPES), help="of weights and cache (default bfloat16 on CUDA, float32 on CPU)")
-    add("--threads", type=int, default=1, help="CPU threads of each process; samples are equal, bit for bit, between runs "
-        "with the same number (default 1: use torchrun for more cores)")  # fmt: skip
+    add("--dtype", choices=list(DTYPES),
+        help="of the computation (default: bfloat16 on a GPU, float32 on a CPU)")  # fmt: skip
+    add("--threads", type=int, default=1,
+        help="CPU threads of each process. Samples of runs with another number can differ: rounding does. For "
+        "more cores rather use torchrun (default %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     args.prefill = args.prefill.replace("\\n", "\n")
     if args.score and args.model:

@@ -1,5 +1,5 @@
-"""Causal attention over packed sequences (training, prompts) and over a cache of keys and values (decoding), each
-with a CPU and a CUDA back-end of one signature.
+"""Causal attention over packed sequences (training, prompts) and over a cache of keys and values (decoding),
+each with a CPU and a CUDA back-end of one signature.
 
 Queries are (T, H, D), keys and values (T, K, D) with H a multiple of K (grouped-query attention): query
 head h reads key/value head h // (H / K). Scores are scaled by 1 / sqrt(D).
@@ -65,12 +65,12 @@ def cached_attention(
 ) -> torch.Tensor:
     """One new token in each of N rows attends to what its row's cache holds, itself included.
 
-    Args: q (N, H, D); keys, values (N, K, S, D), where slot i of a row is its position i and slots from `lengths`
-    on are unused; lengths (N,) int64.
+    Args: q (N, H, D); keys, values (N, K, S, D), where slot i of a row is its position i and slots from
+    `lengths` on are unused; lengths (N,) int64.
     Returns: (N, H, D), dtype of q.
     """
     rows, heads, size = q.shape
-    q = q.view(rows, keys.shape[1], -1, size)  # query heads of one group are queries to the same keys: (N, K, H/K, D)
+    q = q.view(rows, keys.shape[1], -1, size)  # heads of a group as queries to one key head: (N, K, H/K, D)
     if q.is_cuda:
         visible = torch.arange(keys.shape[2], device=q.device) < lengths[:, None, None, None]  # (N, 1, 1, S)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)

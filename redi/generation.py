@@ -1,11 +1,11 @@
 """Sampling with a cache of keys and values. Knows token ids only.
 
-Rows of the cache are decoded together; a row that finishes is given to the next request at once. The random number
-behind a token depends on its request's key, its position and nothing else, so a request's sample does not depend on
-what is decoded beside it, as far as the logits do not. On CPU they do not depend on it at all: the model is always
-run on DECODE_TILE tokens (matrix products of another shape may round differently), prompts one at a time, and
-attention row by row. On CUDA the shapes depend on `rows` and on the longest row, so samples are equal to the extent
-that kernels round equally.
+Rows of the cache are decoded together; a row that finishes is given to the next request at once. The random
+number behind a token depends on its request's key, its position and nothing else, so a request's sample does
+not depend on what is decoded beside it, as far as the logits do not. On CPU they do not depend on it at all:
+the model is always run on DECODE_TILE tokens (matrix products of another shape may round differently),
+prompts one at a time, and attention row by row. On CUDA the shapes depend on `rows` and on the longest row,
+so samples are equal to the extent that kernels round equally.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ MASS_BLOCK = 128  # tokens of the vocabulary whose probabilities are summed toge
 
 @dataclass
 class Request:
-    """One sample to draw. Requests with the same prompt that follow each other share one pass over the prompt."""
+    """One sample to draw. Neighbours with the same prompt share one pass of the model over it."""
 
     prompt_ids: list[int]
     key: int  # from `sample_key`
@@ -53,11 +53,11 @@ def generate(
     top_p: float = 0.95,
     rows: int = DECODE_TILE,
 ) -> Iterator[tuple[int, list[int], str]]:
-    """Draw one sample a request and yield (index of the request, sampled ids, finish reason) as samples finish.
+    """Draw one sample a request; yield (index of the request, sampled ids, finish reason) as samples finish.
 
-    The ids include the stop id that ended the sample (reason "stop"); reason "length" means that max_new_tokens
-    ids came without one. Temperature 0 is greedy. At most `rows` requests are decoded at a time; requests are taken
-    from the iterable as rows become free.
+    The ids include the stop id that ended the sample (reason "stop"); reason "length" means that
+    max_new_tokens ids came without one. Temperature 0 is greedy. At most `rows` requests are decoded at a
+    time; they are taken from the iterable as rows become free.
     Raises ValueError when the logits are not finite.
     """
     stop_ids, requests = frozenset(stop_ids), enumerate(requests)
@@ -103,7 +103,7 @@ def _finish_reason(row: _Row, stop_ids: frozenset[int]) -> str | None:
 
 
 def _prefill(model, prompt_ids: list[int]):
-    """Run the model over one prompt. Returns its (keys, values) by layer, each (K, T, D), and logits (1, V)."""
+    """Run the model over one prompt. Returns (keys, values) by layer, each (K, T, D), and logits (1, V)."""
     device, length = model.head_weight.device, len(prompt_ids)
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
     by_layer = []
@@ -120,8 +120,8 @@ def _prefill(model, prompt_ids: list[int]):
 class KVCache:
     """Keys and values of up to `rows` sequences: by layer (rows, K, capacity, D), where slot == position.
 
-    The capacity follows the longest sequence so far, in whole blocks. On CPU, pages that no row has written to take
-    no memory.
+    The capacity follows the longest sequence so far, in whole blocks. On CPU, pages that no row has written
+    to take no memory.
     """
 
     def __init__(self, model, rows: int):
@@ -138,7 +138,7 @@ class KVCache:
         """Make room for `length` slots a row, keeping the first lengths[i] slots of row i."""
         if length <= self.capacity:
             return
-        # A quarter more than before, so that all copies together cost no more than a few times the final cache.
+        # At least a quarter more, so that all copies together cost but a few times the final cache.
         self.capacity = -(-max(length, self.capacity * 5 // 4) // CACHE_BLOCK) * CACHE_BLOCK
         self.graphs.clear()  # they hold the old addresses
         for tensors in self.layers:
@@ -161,7 +161,7 @@ class KVCache:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
     def decode(self, input_ids: list[int], positions: list[int]) -> torch.Tensor:
-        """Run the model on the newest token of rows 0 to n-1, adding its keys and values. Returns logits (n, V)."""
+        """Run the model on the newest token of rows 0 to n-1 and keep its keys and values: logits (n, V)."""
         n, device = len(input_ids), self.row_ids.device
         padding = [0] * (-n % self.width)  # rows without a sequence: token 0 at position 0, result unused
         input_ids = torch.tensor(input_ids + padding, device=device)
@@ -175,7 +175,7 @@ class KVCache:
         return torch.cat(logits)[:n] if len(logits) > 1 else logits[0][:n]
 
     def _step(self, start: int, input_ids: torch.Tensor, position_ids: torch.Tensor, span: int | None = None):
-        """input_ids, position_ids (width,) of the rows from `start` on, reading `span` slots -> logits (width, V)."""
+        """input_ids, position_ids (width,) of the rows from `start` on, with `span` slots -> (width, V)."""
 
         def attend(layer, q, k, v):
             keys, values = (tensor[start : start + self.width, :, :span] for tensor in self.layers[layer])
@@ -186,8 +186,8 @@ class KVCache:
         return self.model.logits(self.model.hidden(input_ids, position_ids, attend))
 
     def _replay(self, input_ids: torch.Tensor, position_ids: torch.Tensor, length: int) -> torch.Tensor:
-        """_step for all rows as one CUDA graph for each number of blocks that the longest row fills: launching the
-        kernels one by one costs more than running them."""
+        """_step for all rows as one CUDA graph for each number of blocks that the longest row fills:
+        launching the kernels one by one costs more than running them."""
         span = -(-length // CACHE_BLOCK) * CACHE_BLOCK
         if span not in self.graphs:
             inputs = input_ids.clone(), position_ids.clone()
@@ -208,18 +208,19 @@ def sample(
 ) -> list[int]:
     """One token a row from logits (N, V): temperature, then fp32 softmax, then top-p.
 
-    Top-p keeps the tokens for which the mass of all likelier tokens is below `top_p`. Drawing needs neither a sort
-    nor the kept set: a token is drawn from all and tested against that definition; if it fails, so does every token
-    that is no likelier, and the next draw is from the rest. 1 / top_p draws on average, or fewer. The result is
-    distributed as top-p says, since every set drawn from contains the kept one.
-    Temperature 0 takes the likeliest token.
+    Top-p keeps the tokens for which the mass of all likelier tokens is below `top_p`. Drawing needs neither a
+    sort nor the kept set: a token is drawn from all and tested against that definition; if it fails, so does
+    every token that is no likelier, and the next draw is from the rest. 1 / top_p draws on average, or fewer.
+    The result is distributed as top-p says, since every set drawn from contains the kept one. Temperature 0
+    takes the likeliest token.
     Raises ValueError when logits are not finite (-inf is allowed: a token of no probability).
     """
-    if not logits.amax(-1).isfinite().all():
+    scaled = logits / temperature if temperature else logits
+    if not scaled.amax(-1).isfinite().all():
         raise ValueError("the model's logits are not finite")
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    probs = torch.softmax(logits / temperature, dim=-1)
+    probs = torch.softmax(scaled, dim=-1)
     if padding := -probs.shape[1] % MASS_BLOCK:
         probs = F.pad(probs, (0, padding))
     candidates, tokens, pending = probs, [0] * len(keys), list(range(len(keys)))
@@ -240,16 +241,17 @@ def sample(
 
 
 def _draw(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """For weights (N, V) and noise (N, 1) fp64 in [0, 1): the first token at which the running sum of the weights
-    exceeds that share of their total, (N, 1). First the block, then the place in it: a running sum over the whole
-    vocabulary is sequential, and took 50 times as long on CPU."""
+    """For weights (N, V) and noise (N, 1) fp64 in [0, 1): the first token at which the running sum of the
+    weights exceeds that share of their total, (N, 1). First the block, then the place in it: a running sum
+    over the whole vocabulary is sequential, and took 50 times as long on CPU."""
     masses = _masses(weights)
     ends = masses.cumsum(-1)
     target = noise * ends[:, -1:]
     block = torch.searchsorted(ends, target, right=True)  # (N, 1)
-    within = weights.view(*masses.shape, MASS_BLOCK)[torch.arange(len(weights), device=block.device), block[:, 0]]
+    rows = torch.arange(len(weights), device=weights.device)
+    within = weights.view(*masses.shape, MASS_BLOCK)[rows, block[:, 0]]  # (N, MASS_BLOCK)
     sums = within.double().cumsum(-1)
-    # Clamped, as rounding may put the target just outside the block, where a token of no probability may stand.
+    # Rounding may put the target just outside the block, where a token of no probability may stand.
     target = (target - (ends - masses).gather(1, block)).clamp(min=0).minimum(sums[:, -1:] * (1 - 2.0**-50))
     return block * MASS_BLOCK + torch.searchsorted(sums, target, right=True)
 
@@ -260,14 +262,14 @@ def _masses(weights: torch.Tensor) -> torch.Tensor:
 
 
 def in_nucleus(probs: torch.Tensor, tokens: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
-    """Whether the mass of the tokens that are likelier than `tokens` (N, 1) is below `limits` (N, 1): (N, 1) bool.
+    """Whether all tokens that are likelier than `tokens` (N, 1) have less mass than `limits` (N, 1): (N, 1) bool.
     probs (N, V) with V a multiple of MASS_BLOCK."""
     return _masses(_likelier(probs, tokens)).sum(-1, keepdim=True) < limits
 
 
 def _likelier(probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """probs (N, V) where they exceed that of the row's token (N, 1), else 0. A product with a 0/1 tensor of the same
-    dtype takes a tenth of the time of torch.where on CPU."""
+    """probs (N, V) where they exceed that of the row's token (N, 1), else 0. A product with a 0/1 tensor of
+    the same dtype takes a tenth of the time of torch.where on CPU."""
     exceeds = torch.gt(probs, probs.gather(-1, tokens), out=torch.empty_like(probs))
     return exceeds.mul_(probs)
 
@@ -279,7 +281,7 @@ def sample_key(seed: int, problem_id: str, sample: int) -> int:
 
 
 def uniform(key: int, position: int, attempt: int = 0) -> float:
-    """A number in [0, 1 - 2^-48] from a counter: splitmix64 (Steele, Lea and Flood 2014) at the given place."""
+    """A number in [0, 1 - 2^-48]: splitmix64 (Steele, Lea and Flood 2014) at a place in its sequence."""
     mask = (1 << 64) - 1
     z = (key + ((position << 16) + attempt + 1) * 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask

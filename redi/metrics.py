@@ -23,9 +23,9 @@ def pass_at_1(correct: np.ndarray) -> tuple[float, float | None]:
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> float:
-    """Probability that k of a problem's n samples, drawn without replacement, hold a correct one; mean over problems.
+    """Probability that k of a problem's n samples, drawn without replacement, hold a correct one: the mean.
 
-    1 - C(n - c, k) / C(n, k) for c correct of n (Chen et al. 2021, Eq. 1). correct: (problems, n) bool, k <= n.
+    1 - C(n - c, k) / C(n, k) for c correct of n (Chen et al. 2021, Eq. 1). correct: (problems, n), k <= n.
     """
     n = correct.shape[1]
     assert 1 <= k <= n
@@ -48,7 +48,7 @@ def append_row(path: str | Path, row: dict) -> None:
 
 
 def drop_partial_line(path: str | Path) -> None:
-    """Cut what a killed process left after the last line end of a JSONL file. A missing file stays missing."""
+    """Cut what a killed process left after the last line end of a JSONL file, if there is that file."""
     if not Path(path).exists():
         return
     with open(path, "rb+") as file:
@@ -68,7 +68,8 @@ class MetricsLog:
     """metrics.jsonl: one line a step, no gap and no repeat. For one process to write."""
 
     def __init__(self, path: Path, steps_done: int):
-        """Keep the lines of the first steps_done steps; drop what an interrupted run logged after its checkpoint."""
+        """Keep the lines of the first steps_done steps; drop what an interrupted run logged after its
+        checkpoint."""
         self.path, self.waiting = path, []
         drop_partial_line(path)
         kept = [row for _, row in read_jsonl(path) if row["step"] <= steps_done] if path.exists() else []
@@ -76,7 +77,8 @@ class MetricsLog:
             file.writelines(map(json_line, kept))
 
     def write(self, metrics: dict) -> None:
-        """Append a line. One that cannot be written (a full disk) is said once, kept, and tried again with the next."""
+        """Append a line. One that cannot be written (a full disk) is said once, kept, and tried again with
+        the next."""
         self.waiting.append(metrics)
         try:
             while self.waiting:

@@ -87,7 +87,8 @@ def test_the_response_is_the_text_of_the_sampled_ids(model, problems, tmp_path):
 
 
 def killed_after(lines: int, out: Path, start: list[str]) -> None:
-    """Start a command and kill -9 it once it has drawn that many samples. Of torchrun only the parent is killed."""
+    """Start a command and kill -9 it once it has drawn that many samples. Of torchrun only the parent is
+    killed."""
     process = subprocess.Popen(start, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
     while sum(path.read_bytes().count(b"\n") for path in out.rglob("samples*.jsonl")) < lines:

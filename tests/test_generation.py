@@ -88,7 +88,8 @@ def test_decoding_by_cuda_graph_gives_the_greedy_ids_of_the_cpu(monkeypatch):
 
 @pytest.mark.parametrize("block", [8, 1024])
 def test_decoding_with_a_cache_equals_the_full_forward(monkeypatch, block):
-    """Every step's logits, with rows of different lengths, rows replaced, and the cache growing on the way."""
+    """Every step's logits, with rows of different lengths, rows replaced, and the cache growing on the
+    way."""
     monkeypatch.setattr(generation, "CACHE_BLOCK", block)
     model, requests = tiny_model(), make_requests()
     seen, compared = {}, 0
@@ -227,8 +228,8 @@ def test_frequencies_are_those_of_the_truncated_distribution(top_p):
 
 @pytest.mark.parametrize("vocab_size", [1, 127, 128, 1000])
 def test_drawing_is_the_inverse_of_the_distribution_function(vocab_size):
-    """The token in whose share of [0, total) the number falls, in the vocabulary's order, by exact fractions; also
-    with tokens of no weight at either end of a block."""
+    """The token in whose share of [0, total) the number falls, in the vocabulary's order, by exact fractions;
+    also with tokens of no weight at either end of a block."""
     rng = random.Random(0)
     weights = [rng.choice((0, 1, 2, 3, 50)) for _ in range(vocab_size - 1)] + [1]
     if vocab_size == 1000:
@@ -261,8 +262,8 @@ def test_logits_that_are_not_finite_are_refused():
 
 
 def test_random_numbers_are_those_written_down():
-    """Samples drawn long ago must come out again, so the numbers behind them may not change. For key 0: the first
-    outputs of splitmix64's reference implementation with seed 0."""
+    """Samples drawn long ago must come out again, so the numbers behind them may not change. For key 0: the
+    first outputs of splitmix64's reference implementation with seed 0."""
     published = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F)
     assert [uniform(0, 0, attempt) for attempt in range(3)] == [(z >> 16) / 2**48 for z in published]
     key = sample_key(0, "math500-0", 0)
@@ -290,7 +291,8 @@ def test_bf16_model_samples():
 
 
 def test_long_prompts_attend_to_everything_before():
-    """A prompt longer than the first block, so that writing it makes the cache grow while another row is active."""
+    """A prompt longer than the first block, so that writing it makes the cache grow while another row is
+    active."""
     model = tiny_model()
     rng = random.Random(0)
     short, long = [7, 8], [rng.randrange(61) for _ in range(1500)]

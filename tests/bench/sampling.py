@@ -3,9 +3,9 @@
     python tests/bench/sampling.py                        16 prompts, top-p 0.95, temperature 0.6, one thread
     python tests/bench/sampling.py --shape wide-vocabulary --rows 8
 
-Needs the packages of tests/requirements.txt. Both load one directory of random weights, take the same prompts (24 to
-60 tokens) and draw responses of the same uneven lengths (57 to 734 tokens): no token ends a response, a limit a row
-does. Tokens that fill up rows which are done do not count as useful.
+Needs the packages of tests/requirements.txt. Both load one directory of random weights, take the same prompts
+(24 to 60 tokens) and draw responses of the same uneven lengths (57 to 734 tokens): no token ends a response,
+a limit a row does. Tokens that fill up rows which are done do not count as useful.
 """
 
 import argparse
