@@ -120,14 +120,14 @@ class Model:
         return {**self.settings, "data_digest": benchmark.digest}
 
     def check(self, benchmark: Benchmark) -> None:
-        """Raises ValueError for prompts over the context and for samples of other settings in the folder."""
+        """Raises ValueError for prompts that do not fit and for samples of other settings in the folder."""
         check_settings(self.folder(benchmark), self.settings_on(benchmark))
         context = self.config.max_position_embeddings
         for id, prompt_ids in self.prompts(benchmark).items():
-            if len(prompt_ids) >= context:
+            if not 0 < len(prompt_ids) < context:
                 raise ValueError(
-                    f"{benchmark.name}, problem {id!r}: the prompt has {len(prompt_ids)} tokens, which leaves "
-                    f"no room in the context of {context} of {self.path}"
+                    f"{benchmark.name}, problem {id!r}: the prompt has {len(prompt_ids)} tokens; expected from 1 "
+                    f"to {context - 1}, as {self.path} has a context of {context}"
                 )
 
     def prompts(self, benchmark: Benchmark) -> dict[str, list[int]]:
