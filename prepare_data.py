@@ -73,18 +73,16 @@ def prepare(args: argparse.Namespace) -> None:
     counts = collections.Counter()
     names = ("positives.jsonl", "pairs.jsonl", "report.json")
     with new_directory(args.output, args.overwrite, names) as directory:
-        rows = read_rows(files)
+        rows = tqdm(read_rows(files), total=total, unit=" rows", disable=None)
         if args.judge is judge_trace:
             rows = one_row_per_problem(rows, directory)
         prepared = in_parallel(prepare_chunk, args, in_chunks(rows), args.processes)
         with (open(directory / "positives.jsonl", "wb") as positives,
-              open(directory / "pairs.jsonl", "wb") as pairs,
-              tqdm(total=total, unit=" rows", disable=None) as progress):
+              open(directory / "pairs.jsonl", "wb") as pairs):
             for chunk_counts, positive_lines, pair_lines in prepared:
                 positives.write(positive_lines)
                 pairs.write(pair_lines)
                 counts.update(chunk_counts)
-                progress.update(chunk_counts["read"])
         outcomes = [name for name in OUTCOMES if name != "no_answer" or args.judge is judge_trace]
         report = {name: counts[name] for name in outcomes}
         report["pairs_written"] = counts["pairs"] - counts["too_long"]
@@ -116,7 +114,8 @@ def prepare_chunk(args: argparse.Namespace, chunk: list[tuple[str, dict]]) -> tu
             prompt = [user_message(row["problem"], args.prompt_template)]
             if args.system_prompt is not None:
                 prompt.insert(0, {"role": "system", "content": args.system_prompt})
-            named = {"id": row_id(row), "source": row.get("source") or place.rpartition(",")[0]}
+            source = row.get("source") or Path(place.rpartition(",")[0]).name
+            named = {"id": row_id(row), "source": source}
             positive_lines.append(json_line({"prompt": prompt, "completion": assistant(positive), **named}))
             counts["positives"] += 1
             counts["pairs"] += len(negatives)
@@ -241,13 +240,12 @@ def pairs_fit(tokenizer: Tokenizer, prompt: list[dict], positive: str, negatives
 
 
 def decontaminate(args: argparse.Namespace) -> None:
-    """Copies JSONL files without the rows whose problem shares an n-gram of words with an evaluation problem.
-    """
+    """Copies JSONL files without rows whose problem shares an n-gram of words with an evaluation problem."""
     from redi.data import read_jsonl  # here, not above: it imports torch, which worker processes do without
 
     names = [Path(path).name for path in args.input]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--input: two files have the same name ({', '.join(names)})")
+    if len({*names, "report.json"}) <= len(names):
+        raise ValueError(f"--input: two files of one name, or one named report.json ({', '.join(names)})")
     benchmarks = {}  # n-gram -> {benchmark: id of the first problem that has it}
     for path in args.against:
         rows = 0
@@ -307,7 +305,7 @@ def word_ngrams(text: str, n: int) -> Iterator[str]:
     """Every run of n words, after Unicode normalisation, without case and punctuation; a text that has fewer
     words is one run."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
-    for start in range(max(1, len(words) - n + 1)):
+    for start in range(max(len(words) - n + 1, min(len(words), 1))):
         yield " ".join(words[start:start + n])
 
 
@@ -338,8 +336,8 @@ def benchmarks(args: argparse.Namespace) -> None:
                 try:
                     require(row, problem_column, answer_column)
                     problem, answer = row[problem_column], answer_text(row[answer_column])
-                    if isinstance(answer, list):  # OlympiadBench: all the values are asked for
-                        answer = ", ".join(answer)
+                    if name == "olympiad_bench" and isinstance(answer, list):
+                        answer = ", ".join(answer)  # not alternatives: the problem asks for them all
                     if not (isinstance(problem, str) and problem.strip() and answer):
                         raise ValueError("the problem or the answer is empty")
                     problem_id = f"{name}-{len(lines)}"
@@ -440,6 +438,7 @@ def read_parquet(file: Path) -> Iterator[dict]:
 def one_row_per_problem(rows: Iterator[tuple[str, dict]], directory: Path) -> Iterator[tuple[str, dict]]:
     """Rows of one generation each, brought together by problem and answer, in the order in which the problems
     first appear; rows that have `generations` pass as they are. They wait in a file, not in memory."""
+    rows = iter(rows)
     first = next(rows)
     rows = itertools.chain([first], rows)
     key = next((key for key in ("generation", "response") if key in first[1]), None)
@@ -692,3 +691,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

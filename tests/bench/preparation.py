@@ -23,18 +23,20 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ROWS_IN_ALL = 516_000  # of OpenR1-Math-Raw
 MEDIAN_TOKENS, SPREAD, LONGEST_TOKENS = 4000, 0.7, 20000
 SENTENCES = (
-    "Wait, let me check {a} again: if x = {b}, then \\frac{{{a}x + {c}}}{{{b}}} gives {a}{c}, which is wrong. ",
+    "Wait, let me check {a} again: if x = {b}, then \\frac{{{a}x + {c}}}{{{b}}} gives {a}{c}, no. ",
     "So the discriminant is {b}^2 - 4\\cdot {a}\\cdot {c} = {a}{b}, and therefore the roots are real. ",
     "Alternatively, we could try substituting y = x + {c} in order to make the equation symmetric.\n\n",
     "Hmm, that seems too easy; maybe I should consider the case where n is divisible by {a} separately. ",
     "By the Cauchy-Schwarz inequality, (a^2 + b^2)({c} + {b}) \\geq (a\\sqrt{{{c}}} + b\\sqrt{{{b}}})^2.\n",
     "Therefore the number of ways is \\binom{{{a}}}{{{c}}} \\times {b}! = {c}{a}{b}. ",
 )
-ANSWERS = ("\\frac{{{n}}}{{2}}", "{n}", "({n}, {m})", "{n}\\sqrt{{3}}", "x^2 - {n}x + {m}", "\\text{{{n} cm}}", "{n}.5")
+ANSWERS = ("\\frac{{{n}}}{{2}}", "{n}", "({n}, {m})", "{n}\\sqrt{{3}}", "x^2 - {n}x + {m}",
+           "\\text{{{n} cm}}", "{n}.5")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--rows", type=int, nargs="+", default=[5000, 20000])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--commands", nargs="+", default=["openr1", "traces"])
@@ -93,7 +95,8 @@ def write_corpus(directory: Path, rows: int, tokenizer: Path) -> Path:
     partial = directory.with_name(directory.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     for shard, start in enumerate(range(0, rows, 2500)):
-        made = [corpus_row(rng, number, characters_per_token) for number in range(start, min(rows, start + 2500))]
+        numbers = range(start, min(rows, start + 2500))
+        made = [corpus_row(rng, number, characters_per_token) for number in numbers]
         if importlib.util.find_spec("pyarrow") is None:
             (partial / f"train-{shard:05}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
         else:
@@ -113,7 +116,8 @@ def corpus_row(rng: random.Random, number: int, characters_per_token: float) -> 
         tokens = min(LONGEST_TOKENS, rng.lognormvariate(math.log(MEDIAN_TOKENS), SPREAD))
         right = rng.random() < 0.5
         box = answer.format(n=n if right else n + 1, m=m)
-        generations.append(f"<think>\n{reasoning(rng, tokens * characters_per_token)}\n</think>\n\n\\boxed{{{box}}}")
+        thoughts = reasoning(rng, tokens * characters_per_token)
+        generations.append(f"<think>\n{thoughts}\n</think>\n\n\\boxed{{{box}}}")
         verdicts.append(right)
     return {"problem": f"Problem {number}. {reasoning(rng, 300)}", "answer": answer.format(n=n, m=m),
             "source": "olympiads", "problem_is_valid": "Yes", "generations": generations,
@@ -122,7 +126,7 @@ def corpus_row(rng: random.Random, number: int, characters_per_token: float) -> 
 
 
 def measure(command: list) -> tuple[float, float, int]:
-    """Seconds of wall time, CPU seconds, and the peak of the process tree's summed resident sizes in bytes."""
+    """Seconds of wall time, CPU seconds, and the peak of the processes' summed resident sizes in bytes."""
     started, peak, before = time.monotonic(), 0, resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
