@@ -593,7 +593,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        # Every rank has the same to say; the first one says it.
-        if int(os.environ.get("RANK", 0)) == 0:
+        # The ranks of a machine have the same to say, and the first of them says it. Another machine may lack a file.
+        if distributed.local_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -24,7 +24,10 @@ def init_process_group() -> torch.device:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            store, index, size = next(dist.rendezvous("env://"))
+            # torchrun keeps one store over its restarts: new workers would find the addresses of dead ones in it.
+            attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=attempt, rank=index, world_size=size)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
