@@ -15,7 +15,7 @@ import torch
 
 from redi.data import Dataset, step_rows
 from redi.losses import token_logps
-from redi.model import CausalLM, ModelConfig
+from redi.model import FAMILIES, CausalLM, ModelConfig
 
 GIB = 2**30
 FP32 = 4  # bytes; of master weights, gradients, AdamW's moments and logits, whatever the run computes in
@@ -65,6 +65,8 @@ def peak_memory(
     # What a layer keeps for its backward: both norms' outputs and the stream between them; q, k, v and the
     # attention's output; gate, its SiLU, up and their product. The stream that enters counts as a checkpoint.
     channels = 3 * width + 2 * (heads + kv_heads) * config.head_dim + 4 * config.intermediate_size
+    if FAMILIES[config.model_type][1]:  # q and k as they were before their norms
+        channels += (heads + kv_heads) * config.head_dim
     layer_activations = tokens * (channels * itemsize + heads * FP32)
     checkpoints = tokens * width * itemsize * (config.num_hidden_layers + 1)
     kept = checkpoints if recompute else checkpoints + layer_activations * config.num_hidden_layers

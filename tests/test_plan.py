@@ -1,4 +1,4 @@
-"""--plan against the run that it foretells. Memory is checked where a GPU is; elsewhere, how it adds up."""
+"""--plan against the run that it foretells. A whole run's memory is compared on a GPU only."""
 
 import contextlib
 import io
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -166,6 +167,38 @@ def test_memory_of_the_papers_model_adds_up():
     assert kept["loss"]["kept activations"] > 20 * eight["loss"]["kept activations"]
     # Logits of at most 2048 tokens are there, whatever the response's length.
     assert plan.peak_memory(config, 4096, 8, 2, True)["loss"]["logits chunk"] == eight["loss"]["logits chunk"]
+
+
+@pytest.mark.parametrize(
+    "model_type, layers, vocab_size, tokens, recompute",
+    [
+        ("qwen2", 5, 1000, 1000, True),
+        ("qwen2", 5, 1000, 1000, False),
+        ("qwen3", 5, 1000, 1000, False),
+        ("qwen2", 1, 10000, 4096, True),  # two chunks of logits
+    ],
+)
+def test_memory_of_the_model_against_torchs_count(model_type, layers, vocab_size, tokens, recompute):
+    """Forward and backward without FSDP and AdamW, whose tensors are left out of the plan; in fp32 on a CPU."""
+    shape = {**tiny.QWEN2, "hidden_size": 128, "intermediate_size": 704, "num_attention_heads": 4, "head_dim": 32}
+    changes = {"model_type": model_type, "num_hidden_layers": layers, "vocab_size": vocab_size}
+    config = ModelConfig.from_dict({**shape, **changes})
+    model = CausalLM(config, gradient_checkpointing=recompute)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ids, cu_seqlens = torch.zeros(tokens, dtype=torch.int64), torch.tensor([0, 600, tokens], dtype=torch.int32)
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        model(ids, ids, cu_seqlens, tokens - 600, ids).sum().backward()
+    counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    foreseen = plan.peak_memory(config, tokens, ranks=1, itemsize=4, recompute=recompute)
+    of_fsdp = {"AdamW moments (fp32)", "gathered weights", "gradients of one layer and the head"}
+    moments = [
+        sum(size for name, size in foreseen[moment].items() if name not in of_fsdp)
+        for moment in ("loss", "backward of a layer")
+    ]
+    assert max(moments) == pytest.approx(counted, rel=0.1)
 
 
 def test_what_does_not_fit_is_named_with_what_would(folder):
