@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_tokenizer import QWEN_TEMPLATE, THINK, THINKING_TEMPLATE, write_tokenizer
+from test_tokenizer import QWEN_TEMPLATE, THINK, THINKING_TEMPLATE, FakeHub, write_tokenizer
+from test_tokenizer import hub  # noqa: F401
 
 import prepare_data
 from redi.tokenizer import Tokenizer
@@ -398,6 +399,15 @@ def test_inputs_that_are_not_there(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [openr1_row()])
     assert_raises("openr1", "--input", rows, "--output", out, "--tokenizer", tmp_path / "empty",
                   parts=["no tokenizer.json"])
+
+
+def test_a_dataset_on_the_hub(tmp_path, hub, monkeypatch):  # noqa: F811
+    """Of several configurations the default one is taken, which lies in data/."""
+    monkeypatch.setattr(FakeHub, "files", {"data/train-0.jsonl": json.dumps(openr1_row()).encode()})
+    monkeypatch.setattr(FakeHub, "listing", ["data/train-0.jsonl", "extended/train-0.jsonl", "README.md"])
+    result = hub(ROOT / "prepare_data.py", "openr1", "--input", "org/tiny", "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert len(read_rows(tmp_path / "out" / "pairs.jsonl")) == 1
 
 
 def test_broken_parquet(tmp_path):

@@ -209,7 +209,7 @@ def test_broken_files_are_named(tmp_path, name, content, reason):
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """Lists one repository ("org/tiny", and "org/evil" with a name that climbs out) and serves its files."""
+    """Lists one repository, org/tiny, a model and a dataset at once, and serves its files."""
     files: dict = {}
     listing: list = []
 
@@ -222,8 +222,8 @@ class FakeHub(BaseHTTPRequestHandler):
             if "/tree/" in self.path:
                 answer = [{"type": "file", "path": n, "size": 1, "oid": "b" * 40} for n in self.listing]
             self.answer(200, json.dumps(answer).encode())
-        elif self.path.startswith("/org/tiny/resolve/") and self.path.split("/", 5)[5] in self.files:
-            body = self.files[self.path.split("/", 5)[5]]
+        elif (name := self.path.partition("/org/tiny/resolve/")[2].partition("/")[2]) in self.files:
+            body = self.files[name]
             self.answer(200, body, {"ETag": '"%d"' % hash(body), "X-Repo-Commit": "a" * 40})
         else:
             self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
@@ -247,12 +247,13 @@ def hub(tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
                    "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
     environment.pop("HF_HUB_OFFLINE", None)
-    load = "Tokenizer.from_pretrained(sys.argv[1]).stop_ids"
-    imports = "import sys; from redi.tokenizer import Tokenizer, resolve_directory"
-    yield lambda name, call=load, **extra: subprocess.run(
-        [sys.executable, "-c", f"{imports}; print({call})", name], env={**environment, **extra}, cwd=tmp_path,
-        capture_output=True, text=True, timeout=60)
+    yield lambda *command, **extra: subprocess.run(
+        [sys.executable, *command], env={**environment, **extra}, cwd=tmp_path, timeout=60,
+        capture_output=True, text=True)
     server.shutdown()
+
+
+LOAD = "import sys, redi.tokenizer as t; print(t.Tokenizer.from_pretrained(sys.argv[1]).stop_ids)"
 
 
 def test_hub_ids(tmp_path, hub, monkeypatch):
@@ -260,12 +261,12 @@ def test_hub_ids(tmp_path, hub, monkeypatch):
     files = {path.name: path.read_bytes() for path in directory.iterdir()}
     monkeypatch.setattr(FakeHub, "files", files)
     monkeypatch.setattr(FakeHub, "listing", [*files, "model.safetensors"])
-    assert hub("org/tiny").stdout == "[2, 0]\n"
-    missing = hub("org/missing")
+    assert hub("-c", LOAD, "org/tiny").stdout == "[2, 0]\n"
+    missing = hub("-c", LOAD, "org/missing")
     assert "ValueError: org/missing: no such directory, and the Hugging Face hub gave no" in missing.stderr
-    offline = hub("org/other", HF_HUB_OFFLINE="1")
+    offline = hub("-c", LOAD, "org/other", HF_HUB_OFFLINE="1")
     assert "ValueError: org/other: no such directory, and" in offline.stderr
-    cached = hub("org/tiny", HF_HUB_OFFLINE="1")
+    cached = hub("-c", LOAD, "org/tiny", HF_HUB_OFFLINE="1")
     assert cached.stdout == "[2, 0]\n"
 
 
@@ -273,7 +274,7 @@ def test_hub_listing_cannot_climb_out(tmp_path, hub, monkeypatch):
     name = "../../../../../escaped/tokenizer.json"
     monkeypatch.setattr(FakeHub, "files", {name: b"{}"})
     monkeypatch.setattr(FakeHub, "listing", [name])
-    result = hub("org/tiny", call="resolve_directory(sys.argv[1], ['*.json'])")
+    result = hub("-c", "from redi.tokenizer import *; resolve_directory('org/tiny', ['*.json'])")
     assert result.returncode != 0 and "ValueError: org/tiny" in result.stderr
     assert not list(tmp_path.rglob("escaped")) and not (tmp_path.parent / "escaped").exists()
 
