@@ -8,6 +8,7 @@ student who imitates right answers alone picks up the habit. The wrong answers s
 stage 2 can learn from.
 """
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -15,6 +16,8 @@ import json
 import math
 import random
 import re
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -177,19 +180,18 @@ def write_tokenizer(directory: str | Path) -> None:
 
 # The run without arguments. SFT ends on its plateau: twice the steps gain nothing. Stage 2 and its control, more SFT,
 # take equally many updates on equally many sequences (a pair is two).
-
+SFT_STEPS, STAGE_2_STEPS = 2400, 150
 STAGES = {
-    "sft": ["sft", "--steps", "1200", "--batch-size", "16", "--lr", "2e-3"],
-    "sft-continued": ["sft", "--steps", "150", "--batch-size", "32", "--lr", "1.5e-4"],
-    "redi": ["redi", "--steps", "150", "--batch-size", "16", "--lr", "1.5e-4"],
+    "sft": ["sft", "--steps", str(SFT_STEPS), "--batch-size", "16", "--lr", "2e-3"],
+    "sft-continued": ["sft", "--steps", str(STAGE_2_STEPS), "--batch-size", "32", "--lr", "1.5e-4"],
+    "redi": ["redi", "--steps", str(STAGE_2_STEPS), "--batch-size", "16", "--lr", "1.5e-4"],
 }
 TITLES = {
     "sft": "SFT: the model imitates the right solutions",
     "sft-continued": "SFT continued, for comparison: more of the same, as many updates and solutions as REDI gets",
     "redi": "REDI: from the SFT model, towards right solutions and away from wrong ones",
 }
-SAMPLING = ["--samples", "4"]
-GREEDY = ["--samples", "1", "--temperature", "0"]
+SAMPLING = {"sampled": ["--samples", "4"], "greedy": ["--samples", "1", "--temperature", "0"]}
 MAX_NEW_TOKENS = 96  # the teacher's longest solution has 50
 
 
@@ -198,41 +200,48 @@ def run_example(output: str | Path = "out/example", seed: int = 0) -> None:
 
     What an earlier run has finished is kept, what it has begun is continued. Every rank calls.
     """
-    import train  # here, not above: the commands know this module
-
     output = Path(output)
     data = output / "data"
     distributed.init_process_group()
-    distributed.run_where(distributed.rank() == 0, lambda: _prepare(output, seed))
+    distributed.run_where(distributed.rank() == 0, lambda: prepare(output, seed))
     _say(_introduction(data))
     for number, (name, arguments) in enumerate(STAGES.items(), 1):
         _say(f"\n{number} of 4. {TITLES[name]}")
         start = output / ("start" if name == "sft" else "sft/final")
         rows = data / ("pairs.jsonl" if name == "redi" else "positives.jsonl")
-        train.main([*arguments, "--model", str(start), "--data", str(rows), "--output", str(output / name), "--resume",
-                    "--seed", str(seed), "--dtype", "float32", "--no-gradient-checkpointing", "--log-every", "100"])
-    _say(f"\n4 of 4. Each model solves the {TEST_PROBLEMS} held-out problems: 4 samples at temperature 0.6, then greedily")
-    models = [str(output / name / "final") for name in STAGES]
-    for folder, arguments in (("sampled", SAMPLING), ("greedy", GREEDY)):
-        _evaluate(models, data / "problems.jsonl", output / folder, [*arguments, "--seed", str(seed)])
+        train_stage(arguments, start, rows, output / name, seed)
+    _say(f"\n4 of 4. Each model solves {TEST_PROBLEMS} held-out problems: 4 samples at temperature 0.6, and greedily")
+    models = [output / name / "final" for name in STAGES]
+    for folder, arguments in SAMPLING.items():
+        evaluate_models(models, data / "problems.jsonl", output / folder, [*arguments, "--seed", str(seed)])
     if distributed.rank() == 0:
         print(_results(output))
 
 
-def _prepare(output: Path, seed: int) -> None:
+def prepare(output: Path, seed: int) -> None:
     if not (output / "data" / "problems.jsonl").exists():  # the file written last
         write_data(output / "data", seed)
-    if not (output / "start" / "config.json").exists():  # likewise
+    if not (output / "start" / "generation_config.json").exists():  # likewise
         write_model(output / "start", seed)
 
 
-def _evaluate(models: list[str], problems: Path, output: Path, arguments: list[str]) -> None:
+def train_stage(arguments: list[str], start: Path, rows: Path, output: Path, seed: int) -> None:
+    import train  # here, not above: the commands know this module
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    train.main([*arguments, "--model", str(start), "--data", str(rows), "--output", str(output), "--resume",
+                "--seed", str(seed), "--dtype", "float32", "--no-gradient-checkpointing", "--log-every", "100"])
+    for number, handler in handlers.items():  # training waits for the end of a step; what follows may stop at once
+        signal.signal(number, handler)
+
+
+def evaluate_models(models: list[Path], problems: Path, output: Path, arguments: list[str]) -> None:
     """evaluate.py, without its own table."""
     import evaluate
 
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluate.main(["--model", *models, "--problems", str(problems), "--output", str(output), "--rows", "100",
-                       "--dtype", "float32", "--max-new-tokens", str(MAX_NEW_TOKENS), *arguments])
+        evaluate.main(["--model", *map(str, models), "--problems", str(problems), "--output", str(output),
+                       "--dtype", "float32", "--rows", "400", "--max-new-tokens", str(MAX_NEW_TOKENS), *arguments])
 
 
 def _introduction(data: Path) -> str:
@@ -240,44 +249,42 @@ def _introduction(data: Path) -> str:
     right, wrong = (pair[key][0]["content"] for key in ("chosen", "rejected"))
     positives, pairs = (len((data / f"{name}.jsonl").read_text().splitlines()) for name in ("positives", "pairs"))
     return f"""
-A tank holds {CAPACITY} litres. Water is poured in and taken out; what does not fit runs over, and an empty tank stays
-empty. A teacher who is often in a hurry has solved {TRAIN_PROBLEMS} such problems, {SOLUTIONS} times each: {positives} right solutions to
-imitate, and {pairs} pairs of a right and a wrong one. The first pair, on the problem
+A tank holds {CAPACITY} litres. Water is poured in and taken out; what does not fit runs over, and an empty tank
+stays empty. A teacher who is often in a hurry has solved {TRAIN_PROBLEMS} such problems, {SOLUTIONS} times each.
+That gives {positives} right solutions to imitate, and {pairs} pairs of a right and a wrong one. The first pair:
     {pair["prompt"][0]["content"]}
 {_side_by_side(right, wrong, "right", "wrong")}"""
 
 
 def _side_by_side(left: str, right: str, left_title: str, right_title: str) -> str:
-    rows = itertools.zip_longest([f"{left_title}:", *left.split("\n")], [f"{right_title}:", *right.split("\n")], fillvalue="")
+    columns = [f"{left_title}:", *left.split("\n")], [f"{right_title}:", *right.split("\n")]
+    rows = itertools.zip_longest(*columns, fillvalue="")
     return "\n".join(f"    {a:<40}{b}".rstrip() for a, b in rows)
 
 
 def _results(output: Path) -> str:
     """What the example shows, as text."""
-    sampled, greedy = (
-        {row["model"]: row for row in json.loads((output / folder / "results.json").read_text())["results"]}
-        for folder in ("sampled", "greedy")
-    )
-    samples = {name: _samples(output / "sampled" / f"{name}-final") for name in STAGES}
+    sampled, greedy = (results_by_model(output / folder) for folder in SAMPLING)
+    samples = {name: read_samples(output / "sampled" / f"{name}-final") for name in STAGES}
     lines = [f"\n{'':16}{'pass@1':>14}{'pass@4':>9}{'greedy':>9}{'hurried moves':>16}{'tokens':>9}"]
     for name in STAGES:
         row = sampled[f"{name}-final"]
         hurried = share_of_hurried_moves([sample["response"] for sample in samples[name]])
+        title = re.match("[^:,]+", TITLES[name])[0]
         lines.append(
-            f"{TITLES[name].partition(':')[0].partition(',')[0]:16}{100 * row['pass@1']:>7.1f} ± {100 * row['sem']:.1f} %"
-            f"{100 * row['pass@k']['4']:>7.1f} %{100 * greedy[f'{name}-final']['pass@1']:>7.1f} %"
-            f"{100 * hurried:>14.1f} %{row['mean_tokens']:>9.1f}"
+            f"{title:16}{100 * row['pass@1']:>7.1f} ± {100 * row['sem']:.1f} %{100 * row['pass@k']['4']:>7.1f} %"
+            f"{100 * greedy[f'{name}-final']['pass@1']:>7.1f} %{100 * hurried:>14.1f} %{row['mean_tokens']:>9.1f}"
         )
     before = next((sample for sample in samples["sft"] if not sample["correct"]), samples["sft"][0])
     after = next(s for s in samples["redi"] if (s["id"], s["sample"]) == (before["id"], before["sample"]))
-    problem = next(row for row in _rows(output / "data" / "problems.jsonl") if row["id"] == before["id"])
+    problem = next(row for row in read_rows(output / "data" / "problems.jsonl") if row["id"] == before["id"])
     lines += [
-        f"\nThe first sample that SFT got wrong, and REDI's of the same number ({problem['id']}, the answer is {problem['answer']}):",
-        f"    {problem['problem']}",
+        "\nThe first sample that SFT got wrong, and REDI's of the same number:",
+        f"    {problem['problem']} (the answer is {problem['answer']})",
         _side_by_side(before["response"], after["response"], "SFT", "REDI"),
         "\nLog-prob a token while REDI trains, mean over the pairs of a step:",
     ]
-    metrics = _rows(output / "redi" / "metrics.jsonl")
+    metrics = read_rows(output / "redi" / "metrics.jsonl")
     shown = [metrics[round(i * (len(metrics) - 1) / 6)] for i in range(7)]
     for title, key, form in (("step", "step", "d"), ("right solutions", "chosen_logp", ".2f"),
                              ("wrong solutions", "rejected_logp", ".2f")):
@@ -292,14 +299,35 @@ def _results(output: Path) -> str:
     return "\n".join(lines)
 
 
-def _rows(path: Path) -> list[dict]:
+def results_by_model(folder: Path) -> dict[str, dict]:
+    return {row["model"]: row for row in json.loads((folder / "results.json").read_text())["results"]}
+
+
+def read_rows(path: Path) -> list[dict]:
     return [row for _, row in read_jsonl(path)]
 
 
-def _samples(folder: Path) -> list[dict]:
-    return _rows(folder / "problems" / "samples.jsonl")
+def read_samples(folder: Path) -> list[dict]:
+    return read_rows(folder / "problems" / "samples.jsonl")
 
 
 def _say(text: str) -> None:
     if distributed.rank() == 0:
         print(text, flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m redi.toy", description="The embedded example, with a seed of yours.")
+    parser.add_argument("--seed", type=int, default=0, help="of its problems, solutions, first weights and samples")
+    parser.add_argument("--output", type=Path, default=Path("out/example"), help="directory (default: %(default)s)")
+    args = parser.parse_args(argv)
+    run_example(args.output, args.seed)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues where it stopped")

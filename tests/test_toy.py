@@ -3,15 +3,22 @@
 import collections
 import json
 import math
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import prepare_data
-from redi import toy
+from redi import compare, toy
 from redi.checkpoint import load_pretrained
 from redi.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +121,103 @@ def test_model_directory_loads_and_is_a_function_of_the_seed(example, tmp_path):
     toy.write_model(tmp_path / "other", seed=4)
     weights = [(d / "model.safetensors").read_bytes() for d in (example / "model", tmp_path / "again", tmp_path / "other")]
     assert weights[0] == weights[1] != weights[2]
+
+
+# The example and a job of the comparison on a fraction of the data and steps. A process of its own: training joins a
+# process group.
+SMALL = """
+import sys
+from pathlib import Path
+from redi import compare, toy
+toy.TRAIN_PROBLEMS, toy.TEST_PROBLEMS, toy.MAX_NEW_TOKENS = 60, 5, 12
+for name, steps in (("sft", "4"), ("sft-continued", "2"), ("redi", "2")):
+    toy.STAGES[name] += ["--steps", steps]
+"""
+
+
+def run_small(code, directory):
+    command = [sys.executable, "-c", SMALL + code]
+    return subprocess.run(command, cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=300)
+
+
+def test_example_runs_from_data_to_table_and_keeps_what_is_done(tmp_path):
+    run = run_small("toy.run_example('out', seed=5)", tmp_path)
+    assert run.returncode == 0, run.stderr
+    shown = run.stdout[run.stdout.index("4 of 4") :]
+    for title in ("SFT  ", "SFT continued  ", "REDI  "):
+        assert re.search(rf"^{title} .*±.*%.*%", shown, re.MULTILINE), shown
+    assert "right solutions" in shown and "wrong solutions" in shown and "Tank of 15 litres: " in shown
+    for name in toy.STAGES:
+        load_pretrained(tmp_path / "out" / name / "final")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/metrics.jsonl")}
+    assert len(written) == 3
+
+    # As after an interruption: the last stage is missing, and one model's samples.
+    shutil.rmtree(tmp_path / "out" / "redi")
+    shutil.rmtree(tmp_path / "out" / "greedy" / "sft-final")
+    again = run_small("toy.run_example('out', seed=5)", tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout[again.stdout.index("4 of 4") :] == shown
+    assert [path.parent.name for path, time in written.items() if path.stat().st_mtime_ns != time] == ["redi"]
+
+    other = run_small("""
+try:
+    toy.run_example('out', seed=6)
+except ValueError as error:
+    sys.exit(f"error: {error}")""", tmp_path)
+    assert other.returncode == 1 and "--seed 5" in other.stderr
+
+
+def test_comparison_measures_a_method_at_every_learning_rate(tmp_path):
+    code = """
+toy.SFT_STEPS = compare.SFT_STEPS = 2
+compare.STAGE_2_STEPS = 2
+compare.LEARNING_RATES[:] = ["3e-5", "3e-4"]
+for method in ("SFT continued", "SFT on everything", "REDI, alpha 0.8"):
+    for seed in (1, 2):
+        compare._compare_sft(Path("out"), seed)
+        compare._compare_method(Path("out"), seed, method)
+table = compare._comparison(Path("out"), [1, 2], ["SFT continued", "SFT on everything", "REDI, alpha 0.8"])
+print(compare._comparison_text(table, [1, 2]))
+"""
+    run = run_small(code, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "REDI, alpha 0.8 - SFT continued, greedy" in run.stdout
+    seed = tmp_path / "out" / "seed-2"
+    settings = {name: json.loads((seed / name / "3e-4" / "run.json").read_text())["settings"] for name in
+                ("sft-continued", "sft-on-everything", "redi-alpha-0.8")}
+    updates = {name: (setting["steps"], setting["lr"]) for name, setting in settings.items()}
+    assert set(updates.values()) == {("2", "0.0003")}
+    sequences = {name: int(setting["batch_size"]) * (2 if name.startswith("redi") else 1) for name, setting in settings.items()}
+    assert set(sequences.values()) == {32}
+    assert {setting["model"] for setting in settings.values()} == {"out/seed-2/sft/final"}
+    everything = rows(seed / "data" / "everything.jsonl")
+    pairs = rows(seed / "data" / "pairs.jsonl")
+    assert [row["completion"] for row in everything] == [pair[key] for pair in pairs for key in ("chosen", "rejected")]
+
+
+def test_comparison_means_errors_and_paired_differences():
+    def row(method, accuracies, lr=None):
+        values = [{"accuracy": a, "greedy": a, "tokens": 40.0, "hurried": 0.5} for a in accuracies]
+        return {"method": method, **({} if lr is None else {"lr": lr}), **compare._summary(values)}
+
+    one = row("SFT continued", [0.5, 0.6, 0.7])
+    assert one["accuracy"] == pytest.approx(0.6)
+    assert one["sem"] == pytest.approx(0.1 / 3**0.5)  # standard deviation 0.1 over 3 seeds
+    table = {"baselines": [row("SFT", [0.5, 0.6, 0.7]), row("SFT, twice the steps", [0.5, 0.6, 0.7])], "rows": []}
+    for lr in map(float, compare.LEARNING_RATES):
+        table["rows"] += [row("SFT continued", [0.5, 0.6, 0.7], lr), row("REDI, alpha 0.8", [0.7, 0.8, 0.6], lr)]
+    text = compare._comparison_text(table, [1, 2, 3])
+    # Differences 0.2, 0.2, -0.1: mean 0.1, standard deviation 0.1732, error 0.1.
+    assert "REDI, alpha 0.8 - SFT continued, sampled: 10.0 ± 10.0, above 0 on 2 of 3 seeds" in text
+    assert "SFT, twice the steps - SFT, greedy: 0.0 ± 0.0, above 0 on 0 of 3 seeds" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [101, 102])
+def test_negatives_help_on_a_seed_of_ones_own(seed, tmp_path):
+    subprocess.run([sys.executable, "-m", "redi.toy", "--seed", str(seed), "--output", str(tmp_path)], cwd=ROOT, check=True)
+    for folder, least in (("sampled", 0.05), ("greedy", 0.1)):
+        results = toy.results_by_model(tmp_path / folder)
+        assert results["redi-final"]["pass@1"] > results["sft-continued-final"]["pass@1"] + least
