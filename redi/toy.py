@@ -192,7 +192,7 @@ TITLES = {
     "redi": "REDI: from the SFT model, towards right solutions and away from wrong ones",
 }
 SAMPLING = {"sampled": ["--samples", "4"], "greedy": ["--samples", "1", "--temperature", "0"]}
-MAX_NEW_TOKENS = 96  # the teacher's longest solution has 50
+MAX_NEW_TOKENS = 96  # the teacher's longest solution has 42
 
 
 def run_example(output: str | Path = "out/example", seed: int = 0) -> None:
