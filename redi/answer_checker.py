@@ -8,28 +8,34 @@
     python answer_checker.py '\\frac{1}{2}' 0.5
     python answer_checker.py --file rows.jsonl       rows with "gold" and "prediction" or "response"
 
-Accepts LaTeX and plain-text mathematics: numbers (fractions, mixed and repeating decimals, thousands separators,
-scientific notation, percent, degrees, currency, bases, units and words around a number), roots, powers, logarithms,
-trigonometry, factorials, binomials, floors, absolute values, complex numbers, expressions in variables, lists and
-sets (unordered), tuples and vectors (ordered), matrices, intervals, unions, inequalities and set-builder notation
-(as sets of reals), equations (up to a non-zero factor), x = 5 and other labelled answers, function definitions, +-,
-ratios, clock times, choice letters, short texts.
+Accepts LaTeX and plain-text mathematics: numbers (fractions, mixed and repeating decimals, thousands
+separators, scientific notation, percent, degrees, currency, bases, units and words around a number), roots,
+powers, logarithms, trigonometry, factorials, binomials, floors, absolute values, complex numbers,
+expressions in variables, lists and sets (unordered), tuples and vectors (ordered), matrices, intervals,
+unions, inequalities and set-builder notation (as sets of reals), equations (up to a non-zero factor), x = 5
+and other labelled answers, function definitions, +-, ratios, clock times, choice letters, short texts.
 
-Refuses (the verdict is "not equal" unless both texts are the same): sums, integrals and limits, solving non-linear
-equations, rounding (0.333 is not 1/3), and everything past the limits below.
+Refuses (the verdict is "not equal" unless both texts are the same): sums, integrals and limits, solving
+non-linear equations and inequalities (but |u| < c), rounding (0.333 is not 1/3), answers with words that
+negate, and everything past the limits below. Where readings differ it takes the usual one: 1\\frac{3}{4} is
+a mixed number, 1/2x is x/2, log without a base is any one base, (a, b) is a point or an open interval, f(2)
+is an application and n(n+1) a product, the variables of formulas in several variables are positive.
 
-Costs about 0.2 ms for a usual pair.  Nothing is executed and no text reaches eval or a computer algebra system.  The
-text is parsed by a small grammar; numbers are exact fractions or 60-digit complex balls (a value and a bound on its
-error); expressions in variables are compared at fixed pseudo-random points.  Length, nesting, digits, exponents,
-branches and total work are bounded before they are computed, so there is no timeout and every thread gets the same
-verdict.
+Costs about 0.2 ms for a usual pair, 0.3 s at the very most. Nothing is executed; no text reaches eval or a
+computer algebra system. A small grammar parses the text; numbers are exact fractions or 60-digit complex
+balls (a value and a bound on its error); expressions in variables are compared at fixed pseudo-random
+points, exactly where they are rational. Length, nesting, digits, exponents, branches and total work are
+bounded before anything is computed, so there is no timeout, and every thread gets the same verdict.
 """
+import argparse
 import decimal
 import functools
 import itertools
+import json
 import math
 import random
 import re
+import sys
 import unicodedata
 from decimal import Decimal
 from fractions import Fraction
@@ -54,51 +60,57 @@ class Undefined(ArithmeticError):
     """The expression has no value here (or none that the limits allow to compute)."""
 
 
-# Tokenizer: text -> [(kind, value, space before?)]; kinds: n(umber), v(ariable), c(ommand), t(ext word), o(perator).
+# Tokenizer: text -> [(kind, value, space before?)]
+# Kinds: n(umber), v(ariable), c(ommand), t(ext word), o(perator).
 
 SYNONYMS = dict(pair.rsplit("=>", 1) for pair in r"""
-    \cdot=>* \times=>* \ast=>* **=>^ \div=>/ \slash=>/ \le=><= \leq=><= \leqslant=><= \leqq=><= \ge=>>= \geq=>>=
-    \geqslant=>>= \geqq=>>= \lt=>< \gt=>> \ne=>!= \neq=>!= \approx=>~ \simeq=>~ \doteq=>~ ===>= :==>= \in=>in \notin=>notin
-    \cup=>cup \cupdot=>cup \bigcup=>cup \cap=>cap \setminus=>setminus \backslash=>setminus \pm=>pm \mp=>mp \mid=>|
-    \vert=>| \lvert=>| \rvert=>| \|=>|| \Vert=>|| \lVert=>|| \rVert=>|| \{=>{{ \}=>}} \lbrace=>{{ \rbrace=>}}
-    \lbrack=>[ \rbrack=>] \lparen=>( \rparen=>) \langle=><( \rangle=>)> \colon=>: ;=>, \to=>-> \rightarrow=>->
-    \equiv=>equiv \circ=>deg \degree=>deg \textdegree=>deg \%=>% \land=>and \wedge=>and \lor=>or \vee=>or \prime=>'
-    \\=>newline \newline=>newline \cr=>newline""".split())
-DROPPED = set(r"""~ $ \$ \, \; \: \! \> \( \) \[ \] \quad \qquad \thinspace \enspace \displaystyle \textstyle
-    \scriptstyle \limits \nolimits \boxed \fbox \underline \angle \measuredangle \triangle \hfill \strut \mathstrut
-    \mathop \bf \rm \it \normalsize \large \Large \nonumber""".split()) | {"\\ "}
+    \cdot=>* \times=>* \ast=>* **=>^ \div=>/ \slash=>/ \le=><= \leq=><= \leqslant=><= \leqq=><= \ge=>>=
+    \geq=>>= \geqslant=>>= \geqq=>>= \lt=>< \gt=>> \ne=>!= \neq=>!= \approx=>~ \simeq=>~ \doteq=>~ ===>=
+    :==>= \in=>in \notin=>notin \cup=>cup \cupdot=>cup \bigcup=>cup \cap=>cap \setminus=>setminus
+    \backslash=>setminus \pm=>pm \mp=>mp \mid=>| \vert=>| \lvert=>| \rvert=>| \|=>|| \Vert=>|| \lVert=>||
+    \rVert=>|| \{=>{{ \}=>}} \lbrace=>{{ \rbrace=>}} \lbrack=>[ \rbrack=>] \lparen=>( \rparen=>) \langle=><(
+    \rangle=>)> \colon=>: ;=>, \to=>-> \rightarrow=>-> \equiv=>equiv \circ=>deg \degree=>deg
+    \textdegree=>deg \%=>% \land=>and \wedge=>and \lor=>or \vee=>or \prime=>' \\=>newline \newline=>newline
+    \cr=>newline""".split())
+DROPPED = set(r"""~ $ \$ \, \; \: \! \> \( \) \[ \] \quad \qquad \thinspace \enspace \displaystyle
+    \textstyle \scriptstyle \limits \nolimits \boxed \fbox \underline \angle \measuredangle \triangle
+    \hfill \strut \mathstrut \mathop \bf \rm \it \normalsize \large \Large \nonumber""".split()) | {"\\ "}
 TEXT = set(r"\text \textbf \textit \textrm \textsf \texttt \textsc \textnormal \mbox \hbox \emph".split())
-FONT = set(r"\mathrm \mathbf \mathit \mathsf \mathcal \mathfrak \mathbb \boldsymbol \bm \operatorname".split())
-ALIASES = dict(pair.split(":") for pair in """asin:arcsin acos:arccos atan:arctan cosec:csc tg:tan ctg:cot arctg:arctan
-    infinity:infty inf:infty oo:infty dfrac:frac tfrac:frac cfrac:frac dbinom:binom tbinom:binom varnothing:emptyset
-    varphi:phi varepsilon:epsilon overrightarrow:vec""".split())
+FONT = set(r"""\mathrm \mathbf \mathit \mathsf \mathcal \mathfrak \mathbb \boldsymbol \bm
+    \operatorname""".split())
+ALIASES = dict(pair.split(":") for pair in """asin:arcsin acos:arccos atan:arctan cosec:csc tg:tan ctg:cot
+    arctg:arctan infinity:infty inf:infty oo:infty dfrac:frac tfrac:frac cfrac:frac dbinom:binom
+    tbinom:binom varnothing:emptyset varphi:phi varepsilon:epsilon overrightarrow:vec""".split())
 ACCENTS = set("overline vec hat bar dot ddot tilde widehat widetilde".split())
-REFUSED = set("""int iint oint sum prod lim limsup liminf ldots dots cdots vdots def write input end rfloor rceil forall
-    exists implies Rightarrow iff""".split())
+REFUSED = set("""int iint oint sum prod lim limsup liminf ldots dots cdots vdots def write input end
+    rfloor rceil forall exists implies Rightarrow iff""".split())
 TRIGONOMETRIC = {a + f + h for f in ("sin", "cos", "tan", "cot", "sec", "csc")
                  for a, h in (("", ""), ("arc", ""), ("", "h"))}
 FUNCTIONS = TRIGONOMETRIC | {"ln", "log", "lg", "exp", "sqrt"}
-OPAQUE = set("max min gcd lcm arg det deg dim Re Im sgn sign erf rank tr ker".split())  # functions with names only
+OPAQUE = set("max min gcd lcm arg det deg dim Re Im sgn sign erf rank tr ker".split())
 NAMED = FUNCTIONS | OPAQUE | {"abs", "floor", "ceil"}
-UNITS = {name: (dimension, Fraction(size)) for dimension, units in {  # of one dimension: converted before comparison
+UNITS = {name: (dimension, Fraction(size)) for dimension, units in {  # units of one dimension are converted
     "metre": "mm:1/1000 millimeter:1/1000 cm:1/100 centimeter:1/100 m:1 meter:1 km:1000 kilometer:1000",
     "foot": "inch:1/12 inche:1/12 in:1/12 ft:1 feet:1 foot:1 yard:3 mile:5280", "clock": "am:1 pm:2",
     "second": "s:1 sec:1 second:1 min:60 minute:60 h:3600 hr:3600 hour:3600 day:86400 week:604800",
     "gram": "mg:1/1000 g:1 gram:1 kg:1000 kilogram:1000", "dollar": "cent:1/100 dollar:1 usd:1"}.items()
     for name, size in (unit.split(":") for unit in units.split())}
 MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-NUMERALS = {word: value for value, word in enumerate("""zero one two three four five six seven eight nine ten eleven
-    twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split())}
+NUMERALS = {word: value for value, word in enumerate("""zero one two three four five six seven eight nine ten
+    eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split())}
 NEGATIONS = set("not no except without never isn't neither nor non".split())
 QUALIFIERS = set("where such given since because provided with for if when as".split())
-WORDS = {*UNITS, *(u + "s" for u in UNITS if len(u) > 2), *MULTIPLIERS, *NUMERALS, *NEGATIONS, *QUALIFIERS, *"""the is are
-    mph rpm per percent degree degrees radian radians unit square cubic sq lb lbs oz ml kcal all any yes th st nd rd
-    """.split()} - {"s", "m", "h", "g"}
-UNICODE = {word[0]: word[1:] + " " * (word[1:2] == "\\") for word in r"""−- –- —- ‐- ×* ·* ∙* ⋅* ÷/ ∕/ ⁄/ ≤<= ⩽<= ≥>= ⩾>=
-    ≠!= ≈\approx ≡\equiv ∞\infty ∪\cup ∩\cap ∈\in ∉\notin √\sqrt ∛\sqrt[3] °\degree º\degree ∘\circ ±\pm ∓\mp ∅\emptyset
-    ∣| →\to ′' ″'' ‘' ’' “ ” ⟨\langle 〈\langle ⟩\rangle 〉\rangle ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ∧\land ∨\lor
-    ∖\setminus ￥$ ¥$ £$ €$ ¢cents ℝ\mathbb{R} ℤ\mathbb{Z} ℕ\mathbb{N} ℚ\mathbb{Q} ℂ\mathbb{C} ∠\angle ∶: ，, ；, （( ）)""".split()}
-SCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉", ["^" + c for c in "0123456789+-n"] + ["_" + c for c in "0123456789"]))
+WORDS = {*UNITS, *(u + "s" for u in UNITS if len(u) > 2), *MULTIPLIERS, *NUMERALS, *NEGATIONS, *QUALIFIERS,
+         *"""the is are mph rpm per percent degree degrees radian radians unit square cubic sq lb lbs oz ml
+         kcal all any yes th st nd rd""".split()} - {"s", "m", "h", "g"}
+UNICODE = {word[0]: word[1:] + " " * (word[1:2] == "\\") for word in r"""
+    −- –- —- ‐- ×* ·* ∙* ⋅* ÷/ ∕/ ⁄/ ≤<= ⩽<= ≥>= ⩾>= ≠!= ≈\approx ≡\equiv ∞\infty ∪\cup ∩\cap ∈\in
+    ∉\notin √\sqrt ∛\sqrt[3] °\degree º\degree ∘\circ ±\pm ∓\mp ∅\emptyset ∣| →\to ′' ″'' ‘' ’' “ ”
+    ⟨\langle 〈\langle ⟩\rangle 〉\rangle ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ∧\land ∨\lor ∖\setminus ￥$ ¥$
+    £$ €$ ¢cents ℝ\mathbb{R} ℤ\mathbb{Z} ℕ\mathbb{N} ℚ\mathbb{Q} ℂ\mathbb{C} ∠\angle 
+    ∶: ，, ；, （( ）)""".split()}
+SCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", ("^" + c for c in "0123456789+-n")))
+SCRIPTS.update(zip("₀₁₂₃₄₅₆₇₈₉", ("_" + c for c in "0123456789")))
 
 
 def clean(text):
@@ -106,7 +118,7 @@ def clean(text):
     out = []
     for char in text.strip(" \t\r\n"):
         if char.isascii():
-            out.append(char if char >= " " else {"\f": "\\f", "\b": "\\b"}.get(char, " "))  # lost in JSON: \frac, \binom
+            out.append(char if char >= " " else {"\f": "\\f", "\b": "\\b"}.get(char, " "))  # unescaped \frac
         elif char in SCRIPTS:
             mark, digit = SCRIPTS[char]
             if out and out[-1].startswith(mark + "{"):  # extend the script that the character before opened
@@ -134,20 +146,25 @@ def clean(text):
             (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", " "),
             (r"(?<=\d)\s*(?:,\s*\\!|\{,\}|\\[,;: !]|~)\s*(?=\d{3}(?!\d))", ""), (r"(?<=\d)\{,\}(?=\d)", "."),
             (r"(?<![\d.,\w}])\d{1,3}(?: \d{3})+(?![\d.])", lambda match: match.group().replace(" ", "")),
-            (r"(\d[\s~]*(?:\\text\{|\\mathrm\{|\\[ ,])?\s*)([aApP])\.?\s?[mM](?![A-Za-z^_])\.?", r"\1\\text{\2m}")):
+            (r"\\+\s*$", ""),
+            (r"(?i)(\d[\s~]*(?:\\(?:text|mathrm)\{|\\[ ,])?\s*)([ap])\.?\s?m(?![a-z^_])\.?",
+             r"\1\\text{\2m}")):
         text = re.sub(pattern, replacement, text)
     return text
 
 
-TOKENS = [re.compile(r"""(?P<n>(?:\d[\dA-F]*[A-F][\dA-F]*(?=_\{?1[1-6])|\d*\.\d*\\(?:overline|bar|dot)\s*\{\d+\}
-    |\d+(?:\.\d+)?|\.\d+)%s) | (?P<c>\\[A-Za-z]+|\\.) | (?P<w>[A-Za-z]+) | (?P<o><=|>=|!=|==|:=|\*\*|->|\.\.\.|\S)"""
+TOKENS = [re.compile(r"""
+    (?P<n>(?:\d[\dA-F]*[A-F][\dA-F]*(?=_\{?1[1-6])|\d*\.\d*\\(?:overline|bar|dot)\s*\{\d+\}
+        |\d+(?:\.\d+)?|\.\d+)%s)
+    | (?P<c>\\[A-Za-z]+|\\.) | (?P<w>[A-Za-z]+)
+    | (?P<o><=|>=|!=|==|:=|\*\*|->|\.\.\.|\S)"""
                      % exponent, re.VERBOSE) for exponent in ("", r"(?:[eE](?:-?\d+|\+\d\d+)(?!\d|\.\d))?")]
 GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 PIECES = re.compile("|".join(sorted(FUNCTIONS, key=len, reverse=True)) + "|pi|.")
 
 
 def letters(word, before, after):
-    """Tokens of a run of plain letters: an operator, a function, a word of prose or a product of variables."""
+    """Tokens of a run of plain letters: an operator, a function, a word of prose, or variables."""
     low, name = word.lower(), ALIASES.get(word, word)
     if name in NAMED or name in ("infty", "pi", "alpha", "theta", "Interval"):
         return [("c", name)]
@@ -158,7 +175,7 @@ def letters(word, before, after):
         return [("t", low)]
     pieces = PIECES.findall(word)
     singles = sum(len(p) == 1 for p in pieces)
-    if singles < len(pieces) and singles <= 3 and ("pi" not in pieces or len(word) <= 3):  # 2sinxcosx, but not "aspire"
+    if singles < len(pieces) and singles <= 3 and ("pi" not in pieces or len(word) <= 3):  # xsinx, not "spin"
         return [("c" if len(p) > 1 else "v", p) for p in pieces]
     return [("t", low)] if len(word) > 3 and after not in ("^", "_") else [("v", c) for c in word]
 
@@ -209,10 +226,11 @@ def tokenize(text, scientific):
 
 # Parser: tokens -> nested tuples (kind, children...); a child is a node, a string or a number.
 
+ENVIRONMENTS = set("matrix pmatrix bmatrix smallmatrix array cases aligned align gathered split".split())
 RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "~", "in", "notin", "->", "equiv"}
 CLOSERS = {")", "]", "}", "}}", ")>", "|", "||", "rfloor", "rceil", "newline", "&", "end", "["}
 PAIRS = {"(": ")", "[": "]", "{": "}", "{{": "}}"}
-COMPOUND = {"matrix", "tuple", "row", "rel", "list", "set", "interval", "family", "cup", "cap", "setminus", "condition"}
+COMPOUND = set("matrix tuple row rel list set interval family cup cap setminus condition".split())
 NUMBER_SETS = {("sym", name) for name in "RZNQC"}
 INFINITY, E, I = ("const", "inf"), ("const", "e"), ("const", "i")
 
@@ -562,7 +580,8 @@ class Parser:
             name += "_" + self.subscript()
         while mark := self.accept("'", "''"):
             name += mark
-        if name in ("f", "g", "h") and [t[1] for t in self.tokens[self.i:self.i + 6]] == ["^", "{", "-", "1", "}", "("]:
+        ahead = "".join(t[1] for t in self.tokens[self.i:self.i + 6])
+        if name in ("f", "g", "h") and ahead == "^{-1}(":
             self.i += 5
             name += "^-1"
         if self.value() == "(" and self.applies(name):
@@ -599,7 +618,8 @@ class Parser:
             while self.peek()[0] == "t":
                 words.append(self.peek()[1])
                 self.i += 1
-            return num(NUMERALS[value]) if words == [value] and value in NUMERALS else ("text", " ".join(words))
+            text = " ".join(words)
+            return num(NUMERALS[text]) if text in NUMERALS else ("text", text)
         if value in ("(", "["):
             return bracket(*self.nested(self.members, ")", "]"), value)
         if value == "]":  # ]0,1[
@@ -621,11 +641,10 @@ class Parser:
         """A set, or set-builder notation: {x | conditions}, {x in S : conditions}."""
         if self.accept("}}"):
             return ("set",)
-        head = self.i + 1 if self.peek(1)[1] in ("|", ":") else next(
-            (j for j in range(self.i, min(self.i + 8, len(self.tokens))) if self.tokens[j][1] in ("|", ":", ",")), 0)
-        if self.peek()[0] in ("v", "c") and head and self.tokens[head][1] != "," and (
-                head == self.i + 1 or self.peek(1)[1] == "in"):
-            self.i = head + 1
+        stops = [j for j, t in enumerate(self.tokens[self.i:self.i + 8]) if t[1] in ("|", ":", ",")]
+        if (self.peek()[0] in ("v", "c") and stops and self.peek(stops[0])[1] != ","
+                and (stops[0] == 1 or self.peek(1)[1] == "in")):
+            self.i += stops[0] + 1
             node = self.nested(self.members, "}}")
             if node[0] not in ("rel", "list"):
                 raise Unreadable("set-builder notation without a condition")
@@ -722,8 +741,7 @@ class Parser:
     def environment(self):
         """\\begin{pmatrix} and the like: a matrix; cases and aligned lines: a list, or a set of rows."""
         name = self.subscript().strip("*")
-        if name not in ("array", "cases", "aligned", "align", "gathered", "split", "matrix", "pmatrix", "bmatrix",
-                        "smallmatrix", "Bmatrix"):
+        if name not in ENVIRONMENTS:
             raise Unreadable("\\begin{%s} is not supported" % name)
         if name == "array" and self.value() in ("{", "["):  # its columns
             while self.peek()[0] != "end" and self.tokens[self.i][1] not in ("}", "]"):
@@ -742,7 +760,7 @@ class Parser:
     def rows(self):
         rows, row = [], []
         while self.value() != "end":
-            while self.peek()[0] == "t" and self.peek()[1] in QUALIFIERS:  # "if" before the condition of a case
+            while self.peek()[0] == "t" and self.peek()[1] in QUALIFIERS:  # "if", before a condition
                 self.i += 1
             if self.value() not in ("&", "newline"):
                 row.append(self.relation())
@@ -970,7 +988,8 @@ def trigonometric(name, a):
         if not a.real():
             raise Undefined("%s of a complex number" % name)
         if name in ("arcsec", "arccsc", "arccot"):
-            return trigonometric({"arcsec": "arccos", "arccsc": "arcsin", "arccot": "arctan"}[name], inverse(a))
+            twin = {"arcsec": "arccos", "arccsc": "arcsin", "arccot": "arctan"}[name]
+            return trigonometric(twin, inverse(a))
         if name == "arctan":
             return Ball(arctan(a.re), ZERO, a.err + EPS)
         rest = 1 - a.re * a.re
@@ -1013,7 +1032,7 @@ CONSTANTS = {"pi": Ball(PI, ZERO, EPS), "e": Ball(EULER, ZERO, EPS), "i": Ball(Z
 
 
 class Comparison:
-    """One comparison: evaluation at a point, then equality by type, symmetric.  Keeps count of the work left."""
+    """Evaluation at a point, then equality by type, symmetric; keeps count of the work that is left."""
 
     def __init__(self):
         self.work = MAX_WORK
@@ -1084,12 +1103,15 @@ class Comparison:
         if kind == "abs":
             if isinstance(a, Fraction):
                 return abs(a)
-            return Ball((a.re * a.re + a.im * a.im).sqrt() if a.im else abs(a.re), ZERO, 2 * a.err + EPS * a.size())
+            size = (a.re * a.re + a.im * a.im).sqrt() if a.im else abs(a.re)
+            return Ball(size, ZERO, 2 * a.err + EPS * size)
         if kind in ("floor", "ceil"):
             whole = integer(a)
             if whole is None and (not ball(a).real() or abs(ball(a).re) > 10**40):
                 raise Undefined("the %s of that number" % kind)
-            return Fraction(getattr(math, kind)(a if isinstance(a, Fraction) else a.re) if whole is None else whole)
+            if whole is None:
+                whole = getattr(math, kind)(a if isinstance(a, Fraction) else a.re)
+            return Fraction(whole)
         n, k = integer(a), integer(b)
         if n is None or k is None or not 0 <= n <= MAX_FACTORIAL or k < 0:
             raise Undefined("a factorial outside 0 to %d" % MAX_FACTORIAL)
@@ -1130,19 +1152,17 @@ class Comparison:
     def in_some_mode(self, a, b, test):
         """Try the readings of degree, percent and bare log signs, the same for both sides."""
         found = {n if n[0] == "const" else n[0] for node in (a, b) for n in walk(node)}
+        equal = False
         for self.degree, self.percent, self.log_base in itertools.product(
-                [Fraction(1), RADIANS][:1 + ("deg" in found)], [Fraction(1), Fraction(1, 100)][:1 + ("pct" in found)],
+                [Fraction(1), RADIANS][:1 + ("deg" in found)],
+                [Fraction(1), Fraction(1, 100)][:1 + ("pct" in found)],
                 [E, num(10)][:1 + (("const", "log") in found)]):
-            if test():
-                break
-        else:
-            self.degree, self.percent, self.log_base = Fraction(1), Fraction(1), E
-            return False
+            equal = equal or test()
         self.degree, self.percent, self.log_base = Fraction(1), Fraction(1), E
-        return True
+        return equal
 
     def points(self, a, b):
-        """Up to six pairs of values at sample points where both are defined; one (None, None) if only one is."""
+        """Up to six pairs of values at sample points; (None, None) where only one of the two is defined."""
         names, nodes = symbols(a, b), [*walk(a), *walk(b)]
         kinds = {n[0] for n in nodes}
         whole = kinds & {"factorial", "double_factorial", "binom", "floor", "ceil"} or any(
@@ -1216,9 +1236,8 @@ class Comparison:
                 return self.equal(x[3], y)
         if a[0] == b[0] == "rel":
             return self.same_relation(a, b)
-        if (a[0] in REAL_SETS or b[0] in REAL_SETS) and None not in (sets := [self.real_set(a), self.real_set(b)]):
-            if self.same_set(*sets):
-                return True
+        if {a[0], b[0]} & REAL_SETS and self.same_set(self.real_set(a), self.real_set(b)):
+            return True
         if "interval" in (a[0], b[0]):  # also with symbols for ends
             a, b = as_interval(a), as_interval(b)
             return bool(a and b) and a[3] == b[3] and self.equal(a[1], b[1]) and self.equal(a[2], b[2])
@@ -1230,7 +1249,7 @@ class Comparison:
         for x, y in ((a, b), (b, a)):
             if x[0] == "set" and len(x) == 2:
                 return self.equal(x[1], y)
-        if a[0] == b[0] == "matrix" or kinds & {"tuple", "row"} and kinds <= {"tuple", "row", "list", "matrix"}:
+        if kinds == {"matrix"} or kinds & {"tuple", "row"} and kinds <= {"tuple", "row", "list", "matrix"}:
             x, y = (n[1:] if len(kinds) == 1 else members_of(n) for n in (a, b))
             return len(x) == len(y) > 0 and all(map(self.equal, x, y))
         if kinds & COMPOUND:
@@ -1269,7 +1288,7 @@ class Comparison:
         return True
 
     def consistent(self, rel):
-        """Do the sides of a chain that are not labels agree?  5 = 7 is no answer; a = b ~ c may be rounded."""
+        """Do the sides of a chain that are not labels agree?  5 = 7 is no answer; a ~ b may be rounded."""
         values = [s for s in rel[2:] if not label(s)]
         for x, y in zip(values, values[1:]):
             if "~" in rel[1]:
@@ -1290,9 +1309,10 @@ class Comparison:
         elif {ops, other_ops} == {"=", "~"}:
             u, v = readings(a), readings(b)
             return bool(u and v) and x[0] == y[0] and label(x[0]) and self.equal(u[0], v[0])
-        elif symbols(a) == symbols(b) and None not in (sets := [self.real_set(a), self.real_set(b)]):
-            return self.same_set(*sets)
-        if ops == other_ops and len(x) == len(y) == 2 and not COMPOUND & {n[0] for s in (*x, *y) for n in walk(s)}:
+        elif symbols(a) == symbols(b) and self.same_set(self.real_set(a), self.real_set(b)):
+            return True
+        if ops == other_ops and len(x) == len(y) == 2 and not COMPOUND & {n[0] for s in (a, b) for c in s[2:]
+                                                                          for n in walk(c)}:
             return self.proportional(difference(x), difference(y), ops in ("<", "<="))
         return False
 
@@ -1346,7 +1366,7 @@ class Comparison:
 
     def solve(self, node):
         """The solutions of a chain of linear inequalities in one unknown (a symbol, or the likes of f(x))."""
-        unknown = {s for s in node[2:] if symbols(s) and simple_label(s)} or {("sym", name) for name in symbols(node)}
+        unknown = {s for s in node[2:] if simple_label(s)} or {("sym", name) for name in symbols(node)}
         if len(unknown) != 1:
             return None
         name, pieces = unknown.pop(), REALS
@@ -1366,16 +1386,20 @@ class Comparison:
         if right[0] == "abs":
             left, right, op = right, left, flip(op)
         if left[0] == "abs" and op[0] in "<>" and not symbols(right):  # |u| < c is u < c and -c < u
-            parts = [self.half_line(op, left[1], right, name), self.half_line(flip(op), left[1], negative(right), name)]
-            return None if None in parts else self.intersection(*parts) if op[0] == "<" else self.union(sum(parts, []))
+            parts = [self.half_line(op, left[1], right, name),
+                     self.half_line(flip(op), left[1], negative(right), name)]
+            if None in parts:
+                return None
+            return self.intersection(*parts) if op[0] == "<" else self.union(sum(parts, []))
         if infinite(left) or infinite(right):
             return REALS if name in (left, right) and op in ("<", ">") else None
         line = ("add", left, negative(right))
         try:
             start, one, two, five = (self.constant(substitute(line, {name: num(x)})) for x in (0, 1, 2, 5))
             slope = add(one, minus(start))
-            if not all(self.same_number(add(mul(Fraction(x), slope), start), v) for x, v in ((2, two), (5, five))):
-                return None
+            for x, value in ((2, two), (5, five)):
+                if not self.same_number(add(mul(Fraction(x), slope), start), value):
+                    return None
             bound = minus(mul(start, inverse(slope)))
         except ArithmeticError:
             return None
@@ -1389,14 +1413,15 @@ class Comparison:
 
     def union(self, pieces):
         merged = []
-        for piece in sorted(pieces, key=functools.cmp_to_key(lambda p, q: self.order(p[0], q[0]) or q[1] - p[1])):
+        by_start = functools.cmp_to_key(lambda p, q: self.order(p[0], q[0]) or q[1] - p[1])
+        for piece in sorted(pieces, key=by_start):
             low, low_closed, high, high_closed = piece
             gap = self.order(low, merged[-1][2]) if merged else 1
             if gap < 0 or gap == 0 and (low_closed or merged[-1][3]):
                 before = merged.pop()
                 further = self.order(high, before[2])
-                end = (high, high_closed) if further > 0 else (before[2], before[3] or further == 0 and high_closed)
-                piece = (*before[:2], *end)
+                closed = high_closed if further > 0 else before[3] or further == 0 and high_closed
+                piece = (*before[:2], high if further > 0 else before[2], closed)
             merged.append(piece)
         return merged
 
@@ -1413,8 +1438,9 @@ class Comparison:
         return self.complement(self.union(self.complement(a) + self.complement(b)))
 
     def same_set(self, a, b):
-        return len(a) == len(b) and all(
-            (p[1], p[3]) == (q[1], q[3]) and self.order(p[0], q[0]) == self.order(p[2], q[2]) == 0 for p, q in zip(a, b))
+        return a is not None and b is not None and len(a) == len(b) and all(
+            (p[1], p[3]) == (q[1], q[3]) and self.order(p[0], q[0]) == self.order(p[2], q[2]) == 0
+            for p, q in zip(a, b))
 
 
 REALS = [(-math.inf, False, math.inf, False)]
@@ -1443,7 +1469,8 @@ def branches(node):
             m[2:] if has_sign(n) else (m,) for m, n in zip(choice, members))))
             for choice in itertools.product(*map(branches, members))]
     tied = [substitute(node, {s: num(s[2] * t) for s in signs}) for t in (1, -1)]
-    free = [substitute(node, dict(zip(signs, map(num, t)))) for t in itertools.product((1, -1), repeat=len(signs))]
+    free = [substitute(node, dict(zip(signs, map(num, choice))))
+            for choice in itertools.product((1, -1), repeat=len(signs))]
     return [("list", "or", *tied), ("list", "or", *free)][:len(signs)]
 
 
@@ -1492,7 +1519,7 @@ def as_interval(node):
 
 
 def difference(sides):
-    """left - right, times the denominators of its terms that hold symbols: y = 1/x and xy = 1 are one equation."""
+    """left - right, times those denominators of its terms that hold symbols: y = 1/x is xy = 1."""
     terms = [t for side in sides for t in (side[1:] if side[0] in ("add", "mul") else [side])]
     below = dict.fromkeys(t[2] for t in terms if t[0] == "div" and symbols(t[2]))
     return ("mul", ("add", sides[0], negative(sides[1])), *below)
@@ -1547,7 +1574,7 @@ def compatible(a, b):
 # Verdicts.
 
 class Reading:
-    """One side: its tokens, the nodes that they can mean, or the problem with them; its choice letter, if any."""
+    """One side: its tokens, the nodes that they can mean or the problem with them, and its choice letter."""
 
     def __init__(self, text):
         self.nodes, self.tokens, self.problem = [], [], "an empty answer"
@@ -1557,7 +1584,7 @@ class Reading:
             return
         text = clean(text)
         variants = [(text, True)]
-        grouped = GROUPED.sub(lambda m: m.group() if inside(text[:m.start()]) else m.group().replace(",", ""), text)
+        grouped = GROUPED.sub(lambda m: m[0] if inside(text[:m.start()]) else m[0].replace(",", ""), text)
         if grouped != text:  # 1,234 is a number or a list
             variants.insert(0, (grouped, True))
         if re.search(r"\d[eE]-\d", text):  # 2e-3 is a number or 2e - 3
@@ -1569,14 +1596,15 @@ class Reading:
                 self.nodes.append(Parser(without_remark(tokens)).answer())
             except (Unreadable, RecursionError) as error:
                 self.problem = str(error)
-        plain = re.sub(r"\\(?:text|textbf|textit|mathrm|mbox)(?![a-z])|[{}$\\]", " ", text).lower().rstrip(". ")
-        self.words = [w for w in re.findall(r"[^\W_]+|[^\w\s]", plain) if w not in ("a", "an", "the")]
+        plain = re.sub(r"\\(?:text|textbf|textit|mathrm|mbox)(?![a-z])|[{}$\\]", " ", text).rstrip(". ")
+        self.words = [w for w in re.findall(r"[^\W_]+|[^\w\s]", plain.lower()) if w not in ("a", "an", "the")]
         found = CHOICE.match(text)
         if found:
             bare = found.end() >= len(text.rstrip())
             explicit = found[2] == ")" or found[2] and found[1].isupper() or "\\" in found[0]
             if bare and found[1].isupper() or explicit:
-                self.choice, self.rest = found[1].upper(), re.sub(r"^(?:\\[ ,;:]|\\q?quad|\s)*", "", text[found.end():])
+                self.choice = found[1].upper()
+                self.rest = re.sub(r"^(?:\\[ ,;:]|\\q?quad|\s)*", "", text[found.end():])
 
 
 CHOICE = re.compile(r"""\s*(?:\\(?:text|textbf|mathrm|mbox)\s*\{)?\s*(?:(?:option|choice)\s+)?\(?\s*
@@ -1593,7 +1621,7 @@ def without_remark(tokens):
     depth = 0
     for i, (kind, value, _) in enumerate(tokens):
         if kind == "o" and value in PAIRS:
-            if i and depth == 0 and value == "(" and [t[1] for t in tokens[i + 2:i + 3] + tokens[-1:]] == ["in", ")"]:
+            if i and depth == 0 and value == "(" and [t[1] for t in tokens[i + 2:i + 3]] == ["in"]:
                 return tokens[:i]
             depth += 1
         elif kind == "o" and value in PAIRS.values():
@@ -1637,7 +1665,7 @@ def verdict(prediction, gold):
 
 
 def extract_answer(text):
-    """The content of the last complete \\boxed{...} or \\fbox{...}, also of \\boxed 5; None if none, or empty."""
+    """Content of the last complete \\boxed{...} or \\fbox{...}, also \\boxed 5; None if missing or empty."""
     answer, opened = None, []  # opened: for each open brace, where the content of its box starts
     for match in BOX.finditer(text):
         if match[1]:
@@ -1663,7 +1691,8 @@ def answers_match(prediction, gold):
 def is_correct(response, gold):
     """Does the last box of a response equal gold, or one of a list of acceptable golds?"""
     answer = extract_answer(response)
-    return answer is not None and any(answers_match(answer, g) for g in ([gold] if isinstance(gold, str) else gold))
+    golds = [gold] if isinstance(gold, str) else gold
+    return answer is not None and any(answers_match(answer, g) for g in golds)
 
 
 def explain(prediction, gold):
@@ -1677,7 +1706,8 @@ def explain(prediction, gold):
 def show(node, depth=0):
     """A node as text: numbers and names as they are, the rest as kind(children)."""
     if not isinstance(node, tuple):
-        text = str(node) if not isinstance(node, Fraction) or max(map(abs, node.as_integer_ratio())) < 10**40 else "huge"
+        huge = isinstance(node, Fraction) and max(map(abs, node.as_integer_ratio())) >= 10**40
+        text = "a huge number" if huge else str(node)
     elif node[0] in ("num", "sym", "const"):
         text = show(node[1])
     elif depth > 12:
@@ -1687,42 +1717,39 @@ def show(node, depth=0):
     return text if len(text) <= 1000 else text[:1000] + "..."
 
 
-def main():
-    import argparse
-    import json
+def row_is_correct(row):
+    """The verdict on a row: "gold" (string or list) and "prediction" (bare) or "response" (with a box)."""
+    golds = [row["gold"]] if isinstance(row["gold"], str) else row["gold"]
+    if "response" in row:
+        return is_correct(row["response"], golds)
+    return any(answers_match(row["prediction"], gold) for gold in golds)
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Is a math answer equal to the gold one?")
     parser.add_argument("prediction", nargs="?", help="a bare answer")
     parser.add_argument("gold", nargs="?", help="a bare answer")
-    parser.add_argument("--file", help='JSON lines with "gold" (a string or a list) and "prediction" (a bare answer) or '
-                        '"response" (a text with a box); a "correct" key is compared with the verdict')
-    args = parser.parse_args()
+    parser.add_argument("--file", help='JSON lines with "gold" (a string or a list) and "prediction" (a bare '
+                        'answer) or "response" (a text with a box)')
+    args = parser.parse_args(argv)
     if (args.file is None) == (args.gold is None):
         parser.error("give PREDICTION and GOLD, or --file")
     if not args.file:
         print(explain(args.prediction, args.gold))
         return
-    rows = correct = agree = judged = 0
+    verdicts = []
     with open(args.file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
-                gold, text = row["gold"], row["response"] if "response" in row else row["prediction"]
-                golds = [gold] if isinstance(gold, str) else gold
-                equal = is_correct(text, golds) if "response" in row else any(answers_match(text, g) for g in golds)
+                verdicts.append(row_is_correct(json.loads(line)))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError('%s, line %d: expected an object with the strings "gold" and "prediction" or "response" '
-                                 '(%s)' % (args.file, number, error)) from error
-            rows, correct = rows + 1, correct + equal
-            if "correct" in row:
-                judged, agree = judged + 1, agree + (bool(row["correct"]) == equal)
-            print(json.dumps({"line": number, "equal": equal}))
-    print("%d of %d correct%s" % (correct, rows, "; %d of %d verdicts as given" % (agree, judged) if judged else ""))
+                raise ValueError('%s, line %d: expected an object with strings "gold" and "prediction" or '
+                                 '"response": %s' % (args.file, number, error)) from error
+            print(json.dumps({"line": number, "correct": verdicts[-1]}))
+    print("%d of %d correct" % (sum(verdicts), len(verdicts)))
 
 
 if __name__ == "__main__":
-    import sys
     try:
         main()
     except (ValueError, OSError) as error:

@@ -18,132 +18,218 @@ CHECKER = Path(answer_checker.__file__)
 
 TABLE = [
     # section, gold, equal answers, different answers
-    ("integers", "25", ["025", "25.0", "+25", r"\boxed{25}", "$25$", r"\(25\)", "25.", r"\text{25}", "{25}", "(25)"],
+    ("integers", "25",
+     ["025", "25.0", "+25", r"\boxed{25}", "$25$", r"\(25\)", "25.", r"\text{25}", "{25}", "(25)"],
      ["-25", "2 5", "52", "25 25", "24.999999999999", "25, 25", "25!", "", r"\text{not } 25", "25x"]),
-    ("integers", "1000000", ["1,000,000", r"1{,}000{,}000", r"1\,000\,000", "1 000 000", "10^6", "1e6", r"1 \times 10^{6}",
-                             r"1,\!000,\!000", "1 million", r"1 \text{ million}", "１００００００"],
+    ("integers", "1000000",
+     ["1,000,000", "1{,}000{,}000", r"1\,000\,000", "1 000 000", "10^6", "1e6", r"1 \times 10^{6}",
+      r"1,\!000,\!000", "1 million", r"1 \text{ million}", "１００００００"],
      ["100,000", "1,000", "1 thousand", "1.000.000"]),
     ("integers", "1234", ["1,234", r"\text{1,234}"], ["(1,234)", "1.234", "234, 1"]),
-    ("integers", "2", ["two", r"\text{Two}", "2.0", "4/2", r"\sqrt{4}", "5-3"], ["three", "2 or 3", r"2 \pm 1", "ii"]),
-    ("fractions", r"\frac{1}{2}", ["1/2", r"\frac12", r"\dfrac{1}{2}", r"\tfrac 12", r"\frac1{2}", "0.5", ".5", "0.50", "½",
-                                   r"\frac{2}{4}", r"2^{-1}", r"\frac{-1}{-2}", r"1 \div 2", "50%", r"\cfrac{1}{2}",
-                                   r"\\frac{1}{2}", r"\left(\frac{1}{2}\right)", "1 / 2", "\frac{1}{2}"],
+    ("integers", "2",
+     ["two", r"\text{Two}", "2.0", "4/2", r"\sqrt{4}", "5-3"],
+     ["three", "2 or 3", r"2 \pm 1", "ii"]),
+    ("fractions", r"\frac{1}{2}",
+     ["1/2", r"\frac12", r"\dfrac{1}{2}", r"\tfrac 12", r"\frac1{2}", "0.5", ".5", "0.50", "½",
+      r"\frac{2}{4}", "2^{-1}", r"\frac{-1}{-2}", r"1 \div 2", "50%", r"\cfrac{1}{2}", r"\\frac{1}{2}",
+      r"\left(\frac{1}{2}\right)", "1 / 2", '\x0crac{1}{2}'],
      ["2", "0.51", "0.49999999999", "1/3", "12", "1:3"]),
-    ("fractions", r"\frac{1}{3}", [r"0.\overline{3}", r"0.\bar{3}", r"\frac{\frac{1}{3}}{1}", "3^{-1}"],
+    ("fractions", r"\frac{1}{3}",
+     [r"0.\overline{3}", r"0.\bar{3}", r"\frac{\frac{1}{3}}{1}", "3^{-1}"],
      ["0.333", "0.33333333333333", "0.3"]),
-    ("fractions", r"-\frac{3}{8}", [r"\frac{-3}{8}", r"\frac{3}{-8}", "-0.375", "-3/8", "−3/8"], [r"\frac{3}{8}"]),
-    ("mixed numbers", r"1\frac{3}{4}", ["1 3/4", r"\frac{7}{4}", "1.75", r"1 \tfrac34", "1¾"], [r"\frac{3}{4}", "13/4", "1, 3/4"]),
+    ("fractions", r"-\frac{3}{8}",
+     [r"\frac{-3}{8}", r"\frac{3}{-8}", "-0.375", "-3/8", "−3/8"],
+     [r"\frac{3}{8}"]),
+    ("mixed numbers", r"1\frac{3}{4}",
+     ["1 3/4", r"\frac{7}{4}", "1.75", r"1 \tfrac34", "1¾"],
+     [r"\frac{3}{4}", "13/4", "1, 3/4"]),
     ("mixed numbers", r"-2\frac{1}{2}", ["-2.5", r"-\frac52"], ["-1.5", "2.5", "-1"]),
-    ("scientific", r"4.5 \times 10^{33}", ["4.5e33", "4.5E33", r"4.5\cdot10^{33}", r"45 \times 10^{32}", "4.5*10^33"],
+    ("scientific", r"4.5 \times 10^{33}",
+     ["4.5e33", "4.5E33", r"4.5\cdot10^{33}", r"45 \times 10^{32}", "4.5*10^33"],
      ["4.5e32", "4.5", r"4.5 \times 10^{-33}"]),
     ("scientific", "0.00001", ["1e-5", "10^{-5}", "1E-05", r"1\times10^{-5}"], ["1e-4", "e-5"]),
     ("percent", "28", [r"28\%", "28%", r"28 \text{ percent}", "28 percent"], ["0.28", "280%", "2.8%"]),
     ("percent", "62.5%", [r"\frac{5}{8}", "0.625", "62.5", r"62\frac12\%"], ["0.62", "6.25", "62%"]),
-    ("degrees", r"30^\circ", ["30", "30°", r"30^{\circ}", r"\frac{\pi}{6}", r"30 \text{ degrees}", "30 degrees", r"30\degree"],
+    ("degrees", r"30^\circ",
+     ["30", "30°", r"30^{\circ}", r"\frac{\pi}{6}", r"30 \text{ degrees}", "30 degrees", r"30\degree"],
      ["60", r"\frac{\pi}{3}", "0.3"]),
     ("degrees", r"\sin 30^\circ", [r"\frac12", r"\sin\frac{\pi}{6}"], [r"\sin 30"]),
-    ("degrees", r"90^\circ - \frac{A}{2}", [r"90 - \frac{A}{2}", r"\frac{180^\circ - A}{2}", r"90^\circ - A/2"], [r"90^\circ - A"]),
-    ("currency", r"\$18.90", ["18.9", "$18.90", r"18.90 \text{ dollars}", "18.90 dollars", "£18.90"], [r"\$1890", "18.09"]),
-    ("units", r"5 \text{ cm}", ["5", "5cm", "5 cm", r"5\,\mathrm{cm}", r"5\text{ centimeters}", r"50 \text{ mm}",
-                                r"\text{The length is } 5 \text{ cm}"], ["6 cm", r"5 \text{ m}", "25"]),
-    ("units", r"15\mbox{ cm}^2", ["15", r"15 \text{ square centimeters}", r"15\,\mathrm{cm}^{2}"], ["225", "15.2"]),
-    ("units", "60 mph", ["60", r"60 \text{ miles per hour}", r"60\ \frac{\text{miles}}{\text{hour}}", r"60 \text{ miles/hour}"], ["6"]),
-    ("units", r"9.8 \text{ m/s}^2", ["9.8", r"9.8 \, \text{m}/\text{s}^2", r"9.8\ \mathrm{m\,s^{-2}}"], ["9.9", "98"]),
+    ("degrees", r"90^\circ - \frac{A}{2}",
+     [r"90 - \frac{A}{2}", r"\frac{180^\circ - A}{2}", r"90^\circ - A/2"],
+     [r"90^\circ - A"]),
+    ("currency", r"\$18.90",
+     ["18.9", "$18.90", r"18.90 \text{ dollars}", "18.90 dollars", "£18.90"],
+     [r"\$1890", "18.09"]),
+    ("units", r"5 \text{ cm}",
+     ["5", "5cm", "5 cm", r"5\,\mathrm{cm}", r"5\text{ centimeters}", r"50 \text{ mm}",
+      r"\text{The length is } 5 \text{ cm}"],
+     ["6 cm", r"5 \text{ m}", "25"]),
+    ("units", r"15\mbox{ cm}^2",
+     ["15", r"15 \text{ square centimeters}", r"15\,\mathrm{cm}^{2}"],
+     ["225", "15.2"]),
+    ("units", "60 mph",
+     ["60", r"60 \text{ miles per hour}", r"60\ \frac{\text{miles}}{\text{hour}}", r"60 \text{ miles/hour}"],
+     ["6"]),
+    ("units", r"9.8 \text{ m/s}^2",
+     ["9.8", r"9.8 \, \text{m}/\text{s}^2", r"9.8\ \mathrm{m\,s^{-2}}"],
+     ["9.9", "98"]),
     ("units", "12 apples", ["12", r"12\text{ apples}"], ["13 apples", "apples"]),
     ("units", "2 hours", ["120 minutes", "2", r"2\text{ h}"], ["2 minutes"]),
     ("ordinals", "5", [r"5^{\text{th}}", "5th", r"5\text{th}", "5^{th}"], ["6th"]),
-    ("clock times", r"4:30 \text{ p.m.}", ["4:30", "4:30 pm", "4:30 PM", r"4\!:\!30\text{ PM}"], ["4:30 am", "4:31 pm", "5:30"]),
+    ("clock times", r"4:30 \text{ p.m.}",
+     ["4:30", "4:30 pm", "4:30 PM", r"4\!:\!30\text{ PM}"],
+     ["4:30 am", "4:31 pm", "5:30"]),
     ("ratios", "5:8", [r"\frac58", "10:16", "5 : 8", r"5\colon 8"], ["8:5", "5:6", "5:8:1"]),
     ("ratios", "1:2:3", ["2:4:6", r"\frac12:1:\frac32"], ["1:3:2", "1:2", "123"]),
     ("bases", "204_5", ["204_{5}", r"204_{\text{five}}", "204"], ["206_5", "204_6", "54"]),
     ("bases", "2A_{16}", ["2A_{16}"], ["2B_{16}", "2A_{12}"]),
-    ("roots", r"11\sqrt2", [r"11\sqrt{2}", "11 sqrt(2)", "11√2", r"\sqrt{242}", r"\frac{22}{\sqrt{2}}", r"11\cdot 2^{1/2}",
-                            "11*sqrt(2)"], [r"\sqrt{22}", "15.556", r"11\sqrt{3}", "15.55634918610405", r"2\sqrt{11}"]),
+    ("roots", r"11\sqrt2",
+     [r"11\sqrt{2}", "11 sqrt(2)", "11√2", r"\sqrt{242}", r"\frac{22}{\sqrt{2}}", r"11\cdot 2^{1/2}",
+      "11*sqrt(2)"],
+     [r"\sqrt{22}", "15.556", r"11\sqrt{3}", "15.55634918610405", r"2\sqrt{11}"]),
     ("roots", r"\sqrt[3]{-8}", ["-2"], ["2"]),
-    ("roots", r"5\sqrt[3]{4}", [r"5\cdot 4^{\frac{1}{3}}", r"\sqrt[3]{500}"], [r"5\sqrt{4}", r"5 \cdot 4^{3}"]),
+    ("roots", r"5\sqrt[3]{4}",
+     [r"5\cdot 4^{\frac{1}{3}}", r"\sqrt[3]{500}"],
+     [r"5\sqrt{4}", r"5 \cdot 4^{3}"]),
     ("roots", r"\sqrt{3+2\sqrt{2}}", [r"1+\sqrt2"], [r"1+\sqrt3", "2.414213562373095"]),
-    ("roots", "0", [r"\sqrt{2}\sqrt{3}-\sqrt{6}", "-0", "0.0"], [r"\sqrt{2}\sqrt{3}-\sqrt{5}", "10^{-50}", r"\sqrt{10^{200}+1}-10^{100}"]),
+    ("roots", "0",
+     [r"\sqrt{2}\sqrt{3}-\sqrt{6}", "-0", "0.0"],
+     [r"\sqrt{2}\sqrt{3}-\sqrt{5}", "10^{-50}", r"\sqrt{10^{200}+1}-10^{100}"]),
     ("factorials", r"\frac{1}{2004!}", [r"\frac{2005}{2005!}"], [r"\frac{1}{2006!}", "0"]),
     ("factorials", r"\binom{10}{3}", ["120", r"\frac{10!}{3!7!}", r"\dbinom{10}{7}", "5!"], ["12"]),
-    ("factorials", r"\binom{2n}{n}", [r"\frac{(2n)!}{(n!)^2}", r"\frac{(2n)!}{n!n!}"], [r"\frac{(2n)!}{n!}", "2^n"]),
-    ("floors", r"\lfloor \log_2 n \rfloor + 1", [r"1+\left\lfloor\log _{2} n\right\rfloor", r"\lfloor \log_2 (2n) \rfloor"],
+    ("factorials", r"\binom{2n}{n}",
+     [r"\frac{(2n)!}{(n!)^2}", r"\frac{(2n)!}{n!n!}"],
+     [r"\frac{(2n)!}{n!}", "2^n"]),
+    ("floors", r"\lfloor \log_2 n \rfloor + 1",
+     [r"1+\left\lfloor\log _{2} n\right\rfloor", r"\lfloor \log_2 (2n) \rfloor"],
      [r"\lceil \log_2 n \rceil + 1", r"\log_2 n + 1"]),
-    ("logarithms", r"\frac{\log 2}{\log 3}", [r"\frac{\ln 2}{\ln 3}", r"\log_3 2", r"\log_{9} 4"], [r"\frac{\ln 3}{\ln 2}", "0.63"]),
+    ("logarithms", r"\frac{\log 2}{\log 3}",
+     [r"\frac{\ln 2}{\ln 3}", r"\log_3 2", r"\log_{9} 4"],
+     [r"\frac{\ln 3}{\ln 2}", "0.63"]),
     ("logarithms", r"\ln 6", [r"\ln 2 + \ln 3", r"\log_e 6", "ln(6)"], [r"\ln 5", "1.79", r"\log_{10} 6"]),
     ("logarithms", r"\log_{10} 250", [r"1+\log_{10}25", r"\lg 250", r"\log 250"], [r"\log_{10} 25"]),
-    ("trigonometry", r"\frac{\sqrt{3}}{2}", [r"\sin \frac{\pi}{3}", r"\cos(\pi/6)", r"\sin 60^\circ", r"\cos 30°"], [r"\sin 60", "0.866"]),
-    ("trigonometry", r"\arctan 2", [r"\tan^{-1} 2", r"\tan^{-1}(2)", "arctan(2)", r"\frac{\pi}{2}-\arctan\frac12"], [r"\arctan 3", r"\frac{1}{\tan 2}"]),
-    ("trigonometry", r"\sin^2 x", [r"1-\cos^2 x", r"(\sin x)^2", r"\sin x \sin x", r"\frac{1-\cos 2x}{2}", "sin(x)^2"],
+    ("trigonometry", r"\frac{\sqrt{3}}{2}",
+     [r"\sin \frac{\pi}{3}", r"\cos(\pi/6)", r"\sin 60^\circ", r"\cos 30°"],
+     [r"\sin 60", "0.866"]),
+    ("trigonometry", r"\arctan 2",
+     [r"\tan^{-1} 2", r"\tan^{-1}(2)", "arctan(2)", r"\frac{\pi}{2}-\arctan\frac12"],
+     [r"\arctan 3", r"\frac{1}{\tan 2}"]),
+    ("trigonometry", r"\sin^2 x",
+     [r"1-\cos^2 x", r"(\sin x)^2", r"\sin x \sin x", r"\frac{1-\cos 2x}{2}", "sin(x)^2"],
      [r"\sin x^2", r"\sin 2x", r"\cos^2 x"]),
-    ("constants", r"12\pi", ["12pi", "12π", r"\pi \cdot 12", "12*pi"], ["37.699", "12", "37.69911184307752", r"12\pi^2"]),
-    ("constants", r"e^2", [r"e \cdot e", r"\exp(2)", "exp(2)"], ["7.389", r"2e"]),
-    ("absolute values", "|x-1|", ["|1-x|", r"\left|x-1\right|", r"\lvert x-1\rvert", r"\sqrt{(x-1)^2}", "abs(x-1)"], ["x-1", "1-x"]),
+    ("constants", r"12\pi",
+     ["12pi", "12π", r"\pi \cdot 12", "12*pi"],
+     ["37.699", "12", "37.69911184307752", r"12\pi^2"]),
+    ("constants", "e^2", [r"e \cdot e", r"\exp(2)", "exp(2)"], ["7.389", "2e"]),
+    ("absolute values", "|x-1|",
+     ["|1-x|", r"\left|x-1\right|", r"\lvert x-1\rvert", r"\sqrt{(x-1)^2}", "abs(x-1)"],
+     ["x-1", "1-x"]),
     ("absolute values", "x", [], [r"\sqrt{x^2}", "|x|"]),
-    ("complex numbers", "6+9i", ["9i+6", r"6 + 9 \cdot i", "3(2+3i)", r"6+9\mathrm{i}"], ["6-9i", "(6,9)", "15i"]),
+    ("complex numbers", "6+9i",
+     ["9i+6", r"6 + 9 \cdot i", "3(2+3i)", r"6+9\mathrm{i}"],
+     ["6-9i", "(6,9)", "15i"]),
     ("complex numbers", r"\frac{1}{1+i}", [r"\frac{1-i}{2}"], [r"\frac{1+i}{2}"]),
-    ("complex numbers", r"e^{i\pi/3}", [r"\frac{1+i\sqrt3}{2}", r"\cos\frac{\pi}{3}+i\sin\frac\pi3"], [r"\frac{1-i\sqrt3}{2}"]),
-    ("huge numbers", r"2^{1009}", [r"2 \cdot 2^{1008}", r"4^{1009/2}"], ["2^{1008}", r"2^{1009}+1"]),
-    ("huge numbers", r"2^{100000000}", [r"2^{100000000}", r"2 ^ {100000000}"], [r"2^{100000001}"]),
-    ("expressions", r"x^2-1", ["(x-1)(x+1)", "x^{2} - 1", "x**2-1", "-1+x^2", "x·x-1", "x²-1", "-(1-x^2)"],
+    ("complex numbers", r"e^{i\pi/3}",
+     [r"\frac{1+i\sqrt3}{2}", r"\cos\frac{\pi}{3}+i\sin\frac\pi3"],
+     [r"\frac{1-i\sqrt3}{2}"]),
+    ("huge numbers", "2^{1009}", [r"2 \cdot 2^{1008}", "4^{1009/2}"], ["2^{1008}", "2^{1009}+1"]),
+    ("huge numbers", "2^{100000000}", ["2^{100000000}", "2 ^ {100000000}"], ["2^{100000001}"]),
+    ("expressions", "x^2-1",
+     ["(x-1)(x+1)", "x^{2} - 1", "x**2-1", "-1+x^2", "x·x-1", "x²-1", "-(1-x^2)"],
      ["x^2+1", "y^2-1", "x^2-1=0", "x^3-1", "x^2-1.0000001", "(x-1)^2"]),
     ("expressions", "5r^5", ["5 r^{5}", "5*r^5"], ["5r^4", "5^5r"]),
-    ("expressions", r"\frac{a M^{1/3}}{G M^{2/3}+b}", [r"\frac{aM^{1/3}}{b+GM^{2/3}}"], [r"\frac{a M^{1/3}}{G M^{2/3}-b}"]),
-    ("expressions", r"I(0)e^{-\frac{t}{RC}}", [r"I(0) e^{-t/(RC)}", r"I(0)e^{-t/RC}"], [r"I(0)e^{-\frac{t}{R}}", "0"]),
-    ("expressions", r"2r_0\sqrt{\pi G\rho_0}", [r"\sqrt{4 \pi G \rho_{0} r_{0}^{2}}"], [r"\sqrt{2 \pi G \rho_{0} r_{0}^{2}}"]),
-    ("expressions", r"2^{k-1}", [r"\frac{2^k}{2}", r"\frac12 \cdot 2^k"], [r"2^k-1", r"2^{k+1}"]),
-    ("expressions", r"\frac{1}{x-1}", [r"(x-1)^{-1}", r"\frac{-1}{1-x}"], [r"\frac{1}{x+1}", r"\frac{x}{x-1}"]),
-    ("expressions", r"x_1+x_2", [r"x_{2}+x_{1}", r"x_{1}+x_{2}"], ["x_1+x_3", "x1x2"]),
-    ("expressions", r"(-1)^n", [r"(-1)^{n+2}", r"(-1)^{-n}"], [r"(-1)^{n+1}", "1"]),
-    ("lists", "1,-2", ["-2, 1", "1 and -2", r"1 \text{ and } -2", r"\{1,-2\}", "x=1, x=-2", "x = 1 \\text{ or } x = -2",
-                       "$1$, $-2$", "1;-2", r"x_1=1, x_2=-2", r"x \in \{-2, 1\}"], ["1", "1,2", "1,-2,3", "-1,2", "(-2,1)", "[1,-2]"]),
+    ("expressions", r"\frac{a M^{1/3}}{G M^{2/3}+b}",
+     [r"\frac{aM^{1/3}}{b+GM^{2/3}}"],
+     [r"\frac{a M^{1/3}}{G M^{2/3}-b}"]),
+    ("expressions", r"I(0)e^{-\frac{t}{RC}}",
+     ["I(0) e^{-t/(RC)}", "I(0)e^{-t/RC}"],
+     [r"I(0)e^{-\frac{t}{R}}", "0"]),
+    ("expressions", r"2r_0\sqrt{\pi G\rho_0}",
+     [r"\sqrt{4 \pi G \rho_{0} r_{0}^{2}}"],
+     [r"\sqrt{2 \pi G \rho_{0} r_{0}^{2}}"]),
+    ("expressions", "2^{k-1}", [r"\frac{2^k}{2}", r"\frac12 \cdot 2^k"], ["2^k-1", "2^{k+1}"]),
+    ("expressions", r"\frac{1}{x-1}",
+     ["(x-1)^{-1}", r"\frac{-1}{1-x}"],
+     [r"\frac{1}{x+1}", r"\frac{x}{x-1}"]),
+    ("expressions", "x_1+x_2", ["x_{2}+x_{1}", "x_{1}+x_{2}"], ["x_1+x_3", "x1x2"]),
+    ("expressions", "(-1)^n", ["(-1)^{n+2}", "(-1)^{-n}"], ["(-1)^{n+1}", "1"]),
+    ("lists", "1,-2",
+     ["-2, 1", "1 and -2", r"1 \text{ and } -2", r"\{1,-2\}", "x=1, x=-2", r"x = 1 \text{ or } x = -2",
+      "$1$, $-2$", "1;-2", "x_1=1, x_2=-2", r"x \in \{-2, 1\}"],
+     ["1", "1,2", "1,-2,3", "-1,2", "(-2,1)", "[1,-2]"]),
     ("lists", "3, 5, 7", [r"\text{3, 5, and 7}", r"5,3, \text{ and } 7"], ["3,5", "3,5,7,9", "357"]),
-    ("lists", r"3 \pm 2 \sqrt{2}", [r"3+2\sqrt2, 3-2\sqrt2", r"3 \mp 2\sqrt2", r"3±2√2", r"x = 3 \pm 2\sqrt{2}"],
+    ("lists", r"3 \pm 2 \sqrt{2}",
+     [r"3+2\sqrt2, 3-2\sqrt2", r"3 \mp 2\sqrt2", "3±2√2", r"x = 3 \pm 2\sqrt{2}"],
      [r"3+2\sqrt2", r"2\sqrt2 \pm 4", "3"]),
     ("lists", r"\{1\pm\sqrt5,-2\}", [r"-2, 1+\sqrt5, 1-\sqrt5"], [r"1+\sqrt5,-2"]),
     ("lists", r"(\pm 1, 2)", ["(1,2),(-1,2)"], ["(1,2)", "(1,-2),(-1,2)"]),
-    ("lists", "(1,2),(3,4)", ["(3,4), (1,2)", r"\{(1,2),(3,4)\}", r"(1,2) \text{ and } (3,4)"], ["(2,1),(3,4)", "1,2,3,4", "(1,2,3,4)"]),
+    ("lists", "(1,2),(3,4)",
+     ["(3,4), (1,2)", r"\{(1,2),(3,4)\}", r"(1,2) \text{ and } (3,4)"],
+     ["(2,1),(3,4)", "1,2,3,4", "(1,2,3,4)"]),
     ("sets", r"\emptyset", [r"\varnothing", r"\{\}", "∅"], ["0", r"\{0\}"]),
-    ("tuples", "(1,2)", [r"\left(1, 2\right)", r"(1,\,2)", r"(x,y)=(1,2)", r"\begin{pmatrix}1\\2\end{pmatrix}", r"x=1, y=2",
-                         r"\langle 1,2\rangle"], ["(2,1)", "(1,2,0)", "[1,2]", "(1,3)", "12", r"\{1,2\}", r"x=2, y=1"]),
+    ("tuples", "(1,2)",
+     [r"\left(1, 2\right)", r"(1,\,2)", "(x,y)=(1,2)", r"\begin{pmatrix}1\\2\end{pmatrix}", "x=1, y=2",
+      r"\langle 1,2\rangle"],
+     ["(2,1)", "(1,2,0)", "[1,2]", "(1,3)", "12", r"\{1,2\}", "x=2, y=1"]),
     ("tuples", r"\left( 3, \frac{\pi}{2} \right)", [r"(3, \pi/2)", r"(3, 90^\circ)"], [r"(3, \pi)"]),
-    ("matrices", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", [r"\begin{bmatrix}1&2\\3&\frac{8}{2}\end{bmatrix}",
-                                                           r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)",
-                                                           r"\frac12\begin{pmatrix}2&4\\6&8\end{pmatrix}"],
-     [r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", r"\begin{pmatrix}1\\2\\3\\4\end{pmatrix}", "(1,2,3,4)", "1,2,3,4"]),
-    ("intervals", "(3,4]", [r"\left(3, 4\right]", r"3 < x \le 4", r"x \in (3,4]", r"4 \ge \lambda > 3", r"\{x \mid 3 < x \leq 4\}",
-                            r"x>3 \text{ and } x \le 4"], ["[3,4]", "(3,4)", "[3,4)", "(3,5]", "3,4", r"3 < x < 4"]),
+    ("matrices", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+     [r"\begin{bmatrix}1&2\\3&\frac{8}{2}\end{bmatrix}",
+      r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)", r"\frac12\begin{pmatrix}2&4\\6&8\end{pmatrix}"],
+     [r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", r"\begin{pmatrix}1\\2\\3\\4\end{pmatrix}", "(1,2,3,4)",
+      "1,2,3,4"]),
+    ("intervals", "(3,4]",
+     [r"\left(3, 4\right]", r"3 < x \le 4", r"x \in (3,4]", r"4 \ge \lambda > 3", r"\{x \mid 3 < x \leq 4\}",
+      r"x>3 \text{ and } x \le 4"],
+     ["[3,4]", "(3,4)", "[3,4)", "(3,5]", "3,4", "3 < x < 4"]),
     ("intervals", "(-1,1)", ["-1<x<1", "]-1,1["], ["[-1,1]"]),
     ("intervals", r"(-\infty,-5)", ["k<-5", "-5>k", r"\{k : k < -5\}"], [r"k \le -5", "k>-5", "-5"]),
-    ("intervals", r"(-\infty, 0) \cup (1, \infty)", [r"(1,+\infty)\cup(-\infty,0)", r"x<0 \text{ or } x>1", "x<0, x>1",
-                                                    r"\mathbb{R}\setminus[0,1]", "(-∞,0)∪(1,∞)"],
-     [r"(-\infty, 0] \cup (1, \infty)", r"(-\infty,0)", r"(0,1)"]),
-    ("intervals", r"a \neq 2", [r"(-\infty,2)\cup(2,\infty)", r"\mathbb{R} \setminus \{2\}", "a ≠ 2", r"2 \ne a"], ["a = 2", r"a \neq 1", "2"]),
-    ("intervals", r"[x, 1+x]", ["[x,x+1]"], ["[x+1,x]", "(x,x+1)"]),
-    ("intervals", r"\mathbb{R}", [r"(-\infty,\infty)", "ℝ", r"x \in \mathbb{R}", r"\text{all real numbers}"], [r"\mathbb{Z}", r"[0,\infty)"]),
-    ("inequalities", r"x \geq 5", [r"5 \leq x", r"[5,\infty)", r"2x \ge 10", r"-x \leq -5", r"x \geqslant 5", "x>=5"],
-     ["x>5", "x \\le 5", "5", "x=5", "x<5"]),
+    ("intervals", r"(-\infty, 0) \cup (1, \infty)",
+     [r"(1,+\infty)\cup(-\infty,0)", r"x<0 \text{ or } x>1", "x<0, x>1", r"\mathbb{R}\setminus[0,1]",
+      "(-∞,0)∪(1,∞)"],
+     [r"(-\infty, 0] \cup (1, \infty)", r"(-\infty,0)", "(0,1)"]),
+    ("intervals", r"a \neq 2",
+     [r"(-\infty,2)\cup(2,\infty)", r"\mathbb{R} \setminus \{2\}", "a ≠ 2", r"2 \ne a"],
+     ["a = 2", r"a \neq 1", "2"]),
+    ("intervals", "[x, 1+x]", ["[x,x+1]"], ["[x+1,x]", "(x,x+1)"]),
+    ("intervals", r"\mathbb{R}",
+     [r"(-\infty,\infty)", "ℝ", r"x \in \mathbb{R}", r"\text{all real numbers}"],
+     [r"\mathbb{Z}", r"[0,\infty)"]),
+    ("inequalities", r"x \geq 5",
+     [r"5 \leq x", r"[5,\infty)", r"2x \ge 10", r"-x \leq -5", r"x \geqslant 5", "x>=5"],
+     ["x>5", r"x \le 5", "5", "x=5", "x<5"]),
     ("inequalities", "f(2) < f(1) < f(4)", ["f(4) > f(1) > f(2)"], ["f(1) < f(2) < f(4)"]),
     ("inequalities", "x+y<3", ["2x+2y<6", "3>x+y"], ["x+y>3", "x+y<=3", "x-y<3"]),
-    ("equations", "y = 2x + 3", ["2x - y + 3 = 0", "y-3=2x", "2y=4x+6", "2x+3"], ["y = 2x - 3", "x = 2y + 3", "y=2x", "y<2x+3"]),
-    ("equations", "x^2+y^2=25", [r"\frac{x^2}{25}+\frac{y^2}{25}=1", "25=x^2+y^2"], ["x^2+y^2=5", "x^2-y^2=25"]),
+    ("equations", "y = 2x + 3",
+     ["2x - y + 3 = 0", "y-3=2x", "2y=4x+6", "2x+3"],
+     ["y = 2x - 3", "x = 2y + 3", "y=2x", "y<2x+3"]),
+    ("equations", "x^2+y^2=25",
+     [r"\frac{x^2}{25}+\frac{y^2}{25}=1", "25=x^2+y^2"],
+     ["x^2+y^2=5", "x^2-y^2=25"]),
     ("equations", "5x - 7y + 11z + 4 = 0", ["-5x+7y-11z=4", "10x-14y+22z+8=0"], ["5x-7y+11z-4=0"]),
-    ("labels", "5", ["x = 5", "x=5", "5=x", r"\text{Area} = 5", r"AB = 5", r"|AB| = 5", r"\angle ABC = 5", "x = 2+3 = 5",
-                     r"n_{\max} = 5", r"m+n=5", r"f(2)=5", r"\text{Answer: } 5"],
+    ("labels", "5",
+     ["x = 5", "x=5", "5=x", r"\text{Area} = 5", "AB = 5", "|AB| = 5", r"\angle ABC = 5", "x = 2+3 = 5",
+      r"n_{\max} = 5", "m+n=5", "f(2)=5", r"\text{Answer: } 5"],
      ["x = 6", "x = 5 = 6", "2x = 5", "x > 5", "x = 5, y = 6", r"x \neq 5"]),
     ("labels", "x=5", ["5", "2x=10"], ["y=5", "x=-5"]),
     ("labels", "p=3, q=4", ["3,4", "q=4, p=3"], ["p=4, q=3", "3", "r=3, s=4"]),
-    ("labels", r"\frac{6^6 - 5^6}{6^5} \approx 3.99", [r"\frac{31031}{7776}"], ["3.98", r"\frac{31032}{7776}"]),
-    ("functions", "f(x)=x+1", ["f(z)=z+1", "x+1", "y=x+1", "f(x) = 1 + x"], ["f(x)=x+2", "g(x)=x+1", "z+1", "f(x)=z+1"]),
+    ("labels", r"\frac{6^6 - 5^6}{6^5} \approx 3.99",
+     [r"\frac{31031}{7776}"],
+     ["3.98", r"\frac{31032}{7776}"]),
+    ("functions", "f(x)=x+1",
+     ["f(z)=z+1", "x+1", "y=x+1", "f(x) = 1 + x"],
+     ["f(x)=x+2", "g(x)=x+1", "z+1", "f(x)=z+1"]),
     ("functions", "a_n = 2n+1", ["a_k=2k+1", "2n+1"], ["a_n=2n-1", "b_n=2n+1"]),
     ("functions", "f(x)=1", [r"f(x) = 1 \text{ for all } x \in \mathbb{Q}", "1"], ["f(x)=2"]),
-    ("choices", r"\text{(C)}", ["C", "(C)", r"\textbf{(C)}", r"\text{C}", "(c)", r"\textbf{(C) } 12", "C. 12", r"\mathrm{(C)}"],
+    ("choices", r"\text{(C)}",
+     ["C", "(C)", r"\textbf{(C)}", r"\text{C}", "(c)", r"\textbf{(C) } 12", "C. 12", r"\mathrm{(C)}"],
      ["B", r"\text{(D)}", r"\textbf{(B) } 12", "x"]),
     ("choices", r"\text{(A) } 5", ["5", "A"], ["(B) 5", "(A) 6", "6"]),
-    ("texts", r"\text{Evelyn}", ["Evelyn", "evelyn", r"\textbf{Evelyn}", r"\text{ Evelyn }", r"\mathrm{Evelyn}"],
+    ("texts", r"\text{Evelyn}",
+     ["Evelyn", "evelyn", r"\textbf{Evelyn}", r"\text{ Evelyn }", r"\mathrm{Evelyn}"],
      ["Eve", "Angela", r"\text{not Evelyn}", r"\text{Evelyn and Angela}"]),
     ("texts", r"\text{yes}", ["Yes", "YES."], ["no"]),
     ("texts", r"\text{increasing on } x", [r"\text{Increasing on } x"], [r"\text{decreasing on } x"]),
-    ("several readings", "x", [], ["х"]),  # a Cyrillic letter
+    ("several readings", "x", [], ["х"]),
 ]
 ROWS = [(section, gold, other, expected) for section, gold, equal, different in TABLE
         for others, expected in ((equal, True), (different, False)) for other in others]
@@ -153,3 +239,83 @@ ROWS = [(section, gold, other, expected) for section, gold, equal, different in 
 def test_table(section, gold, prediction, expected):
     assert answers_match(prediction, gold) == expected, explain(prediction, gold)
     assert answers_match(gold, prediction) == expected, "not symmetric"
+
+
+@pytest.mark.parametrize("text, answer", [
+    (r"so \boxed{5}.", "5"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\fbox{7}", "7"), (r"\boxed {7}", "7"),
+    (r"\boxed 5", "5"), (r"$\boxed5$", "5"), (r"\boxed{1} then \boxed{2}", "2"), (r"\\boxed{7}", "7"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{ 3 }", "3"), (r"\boxed{1 \boxed{2}}", r"1 \boxed{2}"),
+    (r"\boxed{1} and \boxed{2", "1"), (r"\boxed{1 and \boxed{2}", "2"), ("{ {x} \\boxed{3}", "3"),
+    (r"} \boxed{3}", "3"), ("the answer is 5", None), (r"\boxed{}", None), (r"\boxed{1} \boxed{}", None),
+    (r"\boxed{5", None), (r"\boxed", None), (r"\boxedx{5}", None), ("", None)])
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_is_correct():
+    assert is_correct(r"The answer is \boxed{0.50}.", r"\frac12")
+    assert is_correct(r"\boxed{0.02}", ["0.01", "0.02"])
+    assert not is_correct(r"\boxed{0.03}", ["0.01", "0.02"])
+    assert not is_correct("0.5", r"\frac12")  # no box
+    assert not is_correct(r"\boxed{}", "")
+
+
+def test_past_the_limits_is_not_equal():
+    assert answers_match("9" * answer_checker.MAX_DIGITS, "9" * answer_checker.MAX_DIGITS)
+    assert not answers_match("9" * 5000, "9" * 5000)
+    deep = "(" * 100 + "1" + ")" * 100
+    assert not answers_match(deep, "1") and "deep" in explain(deep, "1")
+    assert not answers_match(r"\frac{1}{0}", r"\frac{2}{0}")
+    assert not answers_match("((9!)!)!", "1") and "factorial" in explain("((9!)!)!", "1")
+
+
+def test_explain():
+    text = explain(r"\frac{1}{3}", "0.333")
+    assert "div(1, 3)" in text and "333/1000" in text and "not equal: different values" in text
+    assert "equal: equal values" in explain("x>5", r"(5,\infty)")
+    assert r"\int is not supported" in explain(r"\int_0^1 x dx", "1/2")
+
+
+@pytest.mark.parametrize("flags", [[], ["-O"], ["-I"]])
+def test_copied_alone(tmp_path, flags):
+    shutil.copy(CHECKER, tmp_path / "answer_checker.py")
+
+    def run(*arguments):
+        command = [sys.executable, *flags, "answer_checker.py", *arguments]
+        return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
+
+    done = run(r"\sqrt{8}", r"2\sqrt2")
+    assert done.returncode == 0 and "equal: equal values" in done.stdout
+    rows = [{"gold": ["1", "2"], "response": r"\boxed{2}"}, {"gold": "1", "prediction": "x=2"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    done = run("--file", "rows.jsonl")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "1 of 2 correct"
+    (tmp_path / "bad.jsonl").write_text('{"gold": "1", "prediction": "1"}\n{"gold": "1"}\n', encoding="utf-8")
+    done = run("--file", "bad.jsonl")
+    assert done.returncode == 1 and done.stderr.startswith("error: bad.jsonl, line 2")
+    assert run("--file", "absent.jsonl").stderr.startswith("error: ")
+
+
+def test_import_is_quick_and_leaves_sympy_alone():
+    code = "import sys, time; t = time.process_time(); import redi.answer_checker; " \
+           "print(time.process_time() - t, 'sympy' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=CHECKER.parent.parent, text=True, capture_output=True, check=True)
+    seconds, sympy = done.stdout.split()
+    assert float(seconds) < 0.2 and sympy == "False"
+
+
+def test_low_recursion_limit_and_deep_stack():
+    verdicts = []
+
+    def deep(n):
+        if n:
+            deep(n - 1)
+        else:
+            verdicts.append(answers_match(r"\frac{1}{1+\frac{1}{2}}", "2/3"))
+
+    thread = threading.Thread(target=lambda: [deep(n) for n in (0, sys.getrecursionlimit() - 40)])
+    thread.start()
+    thread.join()
+    assert verdicts[0] is True  # near the end of the stack the verdict may be False, but nothing is raised
+    assert len(verdicts) == 2
