@@ -414,7 +414,7 @@ def open_parquet(file: Path):
     except ModuleNotFoundError:
         raise ValueError(f"{file}: reading parquet needs pyarrow (pip install pyarrow)") from None
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        return pyarrow.parquet.ParquetFile(file, pre_buffer=False)  # whole row groups ahead take memory
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a whole parquet file ({one_line(error)})") from None
 

@@ -5,7 +5,8 @@
 Two generations a row, lengths log-normal around 4,000 tokens and at most 20,000, one in two right; written as
 parquet shards of 1,000-row groups where pyarrow is installed, else as JSONL. `openr1` reads their verdicts,
 `traces` lets the answer checker find its own; both measure pairs with a tokenizer. Memory is the sum of the
-resident sizes of all processes, sampled every 0.1 s (shared pages count once per process).
+resident sizes of all processes, sampled every 0.1 s (shared pages count once per process), as far as two
+samples in a row reach it: a process that is just being started is its parent for a moment, and would count twice.
 """
 import argparse
 import importlib.util
@@ -127,10 +128,12 @@ def corpus_row(rng: random.Random, number: int, characters_per_token: float) -> 
 
 def measure(command: list) -> tuple[float, float, int]:
     """Seconds of wall time, CPU seconds, and the peak of the processes' summed resident sizes in bytes."""
-    started, peak, before = time.monotonic(), 0, resource.getrusage(resource.RUSAGE_CHILDREN)
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak = previous = 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        peak = max(peak, sum(resident(pid) for pid in tree(process.pid)))
+        now = sum(resident(pid) for pid in tree(process.pid))
+        peak, previous = max(peak, min(previous, now)), now
         time.sleep(0.1)
     if process.returncode:
         sys.exit(f"{command} failed with exit status {process.returncode}")
