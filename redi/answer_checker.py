@@ -24,8 +24,9 @@ is an application and n(n+1) a product, the variables of formulas in several var
 Costs about 0.2 ms for a usual pair, 0.3 s at the very most. Nothing is executed; no text reaches eval or a
 computer algebra system. A small grammar parses the text; numbers are exact fractions or 60-digit complex
 balls (a value and a bound on its error); expressions in variables are compared at fixed pseudo-random
-points, exactly where they are rational. Length, nesting, digits, exponents, branches and total work are
-bounded before anything is computed, so there is no timeout, and every thread gets the same verdict.
+points where both are defined, exactly where they are rational. Length, nesting, digits, exponents, branches
+and total work are bounded before anything is computed, so there is no timeout, and every thread gets the
+same verdict.
 """
 import argparse
 import decimal
@@ -321,7 +322,7 @@ class Parser:
         return (node, closer) if len(closers) > 1 else node
 
     def answer(self):
-        while self.accept("=", ",", ":"):
+        while self.accept("=", ",", ":", "~"):
             pass
         node = self.members()
         if self.peek()[0] != "end":
@@ -1162,7 +1163,7 @@ class Comparison:
         return equal
 
     def points(self, a, b):
-        """Up to six pairs of values at sample points; (None, None) where only one of the two is defined."""
+        """Pairs of values at up to six sample points where both are defined; one pair without symbols."""
         names, nodes = symbols(a, b), [*walk(a), *walk(b)]
         kinds = {n[0] for n in nodes}
         whole = kinds & {"factorial", "double_factorial", "binom", "floor", "ceil"} or any(
@@ -1170,18 +1171,15 @@ class Comparison:
         self.mode = "integer" if whole else "signed" if len(names) == 1 or "abs" in kinds else "positive"
         found = 0
         for attempt in range(24) if names else [None]:
-            values = []
-            for node in (a, b):
-                self.attempt, self.real = attempt, bool(names) and I not in nodes
-                try:
-                    values.append(self.evaluate(node))
-                except ArithmeticError:
-                    if self.work < 0:
-                        raise
-                    values.append(None)
-            if None not in values or values[0] is not values[1]:
-                yield values if None not in values else (None, None)
-                found += 1
+            self.attempt, self.real = attempt, bool(names) and I not in nodes
+            try:
+                values = self.evaluate(a), self.evaluate(b)
+            except ArithmeticError:
+                if self.work < 0:
+                    raise
+                continue
+            yield values
+            found += 1
             if found == 6:
                 return
 
@@ -1192,7 +1190,7 @@ class Comparison:
         def test():
             count = 0
             for x, y in self.points(a, b):
-                if x is None or not self.same_number(x, y):
+                if not self.same_number(x, y):
                     return False
                 count += 1
             return count >= (3 if symbols(a, b) else 1)
@@ -1204,11 +1202,11 @@ class Comparison:
             factors = []
             for x, y in self.points(a, b):
                 try:
-                    factors.append(mul(x, inverse(y)) if x is not None and inverse(x) else None)
+                    inverse(x)
+                    factors.append(mul(x, inverse(y)))
                 except ArithmeticError:
                     return False
-                if factors[-1] is None or not self.same_number(factors[0], factors[-1]) or (
-                        positively and not positive(factors[0])):
+                if not self.same_number(factors[0], factors[-1]) or positively and not positive(factors[0]):
                     return False
             return len(factors) >= 3
         return self.in_some_mode(a, b, test)
@@ -1288,16 +1286,19 @@ class Comparison:
         return True
 
     def consistent(self, rel):
-        """Do the sides of a chain that are not labels agree?  5 = 7 is no answer; a ~ b may be rounded."""
+        """Do the sides of a chain that are not labels agree?  5 = 7 is no answer; after ~ stands a rounding."""
         values = [s for s in rel[2:] if not label(s)]
-        for x, y in zip(values, values[1:]):
-            if "~" in rel[1]:
-                x, y = ball(self.constant(x)), ball(self.constant(y))
-                if abs(x.re - y.re) > abs(x.re) / 100:
-                    return False
-            elif not self.equal(x, y):
+        if "~" in rel[1] and len(values) > 1:
+            exact_value, rounded = (self.constant(v) for v in values[-2:])
+            if "~" in rel[1][:-1] or not isinstance(rounded, Fraction):
                 return False
-        return True
+            places = next((k for k in range(30) if (rounded * 10**k).denominator == 1), 30)
+            unit = Decimal(10)**-places if abs(rounded) < 10**6 else ball(rounded).size() / 100
+            gap = add(exact_value, minus(rounded))
+            if not ball(gap).real() or abs(ball(gap).re) > unit * Decimal("0.51"):
+                return False
+            values.pop()
+        return all(map(self.equal, values, values[1:]))
 
     def same_relation(self, a, b):
         (ops, x), (other_ops, y) = ascending(a), ascending(b)

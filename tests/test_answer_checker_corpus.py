@@ -16,7 +16,8 @@ from redi import answer_checker
 from redi.answer_checker import answers_match, explain, extract_answer, is_correct
 
 SOURCE = Path(answer_checker.__file__)
-STANDARD_IMPORTS = set("argparse decimal fractions functools itertools json math random re sys unicodedata".split())
+STANDARD_IMPORTS = {"argparse", "decimal", "fractions", "functools", "itertools", "json", "math", "random",
+                    "re", "sys", "unicodedata"}
 
 
 def rows(path):
@@ -72,6 +73,7 @@ def test_benchmark_golds_have_values(shared_data):
 EQUAL_GOLDS = {frozenset(pair) for pair in [
     ("-2,1", "1,-2"), (r"10,\!080", "10080"), ("15", r"15\mbox{ cm}^2"), (r"180^\circ", r"\pi"), ("5", "x=5"),
     ("30", r"30^\circ"), ("36", r"36^\circ"), ("90", r"90^\circ"), ("120", r"120^\circ"), ("36", r"\$36"),
+    ("3.3e-10", r"3.3 \times 10^{-10}"),
     (r"36^\circ", r"\$36"), ("40", "40_9"), ("+2", "2"), (r"1 + i \sqrt{3}", r"1+\sqrt{3}i"),
     (r"1 + i\sqrt{3}", r"1+\sqrt{3}i"), ("1950", r"1950^\circ C"), (r"3.61 \times 10^{-10}", "3.61e-10"),
     (r"\frac{e^{t}} {3}+c e^{-2 t}", r"x = \frac{e^{t}}{3} + ce^{-2t}"),
@@ -157,10 +159,10 @@ def random_answer(rng, answers):
     return text
 
 
-ANSWERS = [r"\frac{3}{2}", r"(-\infty, 0) \cup [1, 2)", r"3 \pm 2\sqrt{2}", r"x \in [-2,7]", r"y = 2x+3",
-           r"12\text{ cm}^2", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\{1, 2\}", "(1,2),(3,4)", "10,080",
-           r"2 < x \le 4", "5:8", r"\binom{2n}{n}", r"\lfloor \frac{n}{2} \rfloor", "f(x) = x^2 + 1", r"\text{(C)}",
-           "4:30 pm", r"e^{2it}"]
+ANSWERS = [
+    r"\frac{3}{2}", r"(-\infty, 0) \cup [1, 2)", r"3 \pm 2\sqrt{2}", r"x \in [-2,7]", "y = 2x+3", "10,080",
+    "5:8", r"12\text{ cm}^2", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\{1, 2\}", "(1,2),(3,4)",
+    r"2 < x \le 4", r"\binom{2n}{n}", r"\lfloor \frac{n}{2} \rfloor", "f(x) = x^2 + 1", r"\text{(C)}", "4:30 pm", r"e^{2it}"]
 
 
 def fuzz(seed, count, answers):

@@ -1,10 +1,10 @@
-"""Accuracy and answers per CPU-second of redi/answer_checker.py and of Math-Verify, on the same rows, in one run.
+"""Accuracy, and answers per CPU-second, of redi/answer_checker.py and of Math-Verify on the same rows.
 
     python tests/bench/answer_checker.py ../shared/data/answers/labelled.jsonl     (needs math-verify 0.9.0)
 
-Rows: "gold", "pred", "label", "pred_is_text" (true: pred is the end of a response with a box).  Each checker runs once
-to warm up and then REPEATS times; CPU seconds of the process, on one core.  Math-Verify is used as its documentation
-says (gold and prediction in dollars, LaTeX and plain expressions, boxes first), with its time limits of 5 s.
+Rows: "gold", "pred", "label", "pred_is_text" (true: pred is the end of a response with a box).  Each checker
+runs once to warm up and then --repeats times; CPU seconds of the process, on one core.  Math-Verify is used as its
+documentation says: gold and prediction in dollars, LaTeX and plain expressions, boxes first, its time limits.
 """
 import argparse
 import collections
@@ -44,21 +44,21 @@ def measure(judge, rows, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", help="labelled.jsonl")
     parser.add_argument("--repeats", type=int, default=1, help="timed passes over the rows (default 1)")
     args = parser.parse_args()
     rows = [json.loads(line) for line in Path(args.rows).read_text(encoding="utf-8").splitlines()]
     speeds, right_by_kind = [], collections.defaultdict(list)
-    peers = [("redi " + answer_checker.VERSION, ours), ("Math-Verify " + version("math-verify"), math_verify())]
-    for name, judge in peers:
+    for name, judge in (("redi " + answer_checker.VERSION, ours),
+                        ("Math-Verify " + version("math-verify"), math_verify())):
         verdicts, speed = measure(judge, rows, args.repeats)
         speeds.append(speed)
         right = [v == row["label"] for v, row in zip(verdicts, rows)]
         accepted = sum(v and not row["label"] for v, row in zip(verdicts, rows))
-        print("%-18s %4d of %d right (%.1f %%), %d of %d wrong answers accepted, %.0f answers per CPU-second" % (
-            name, sum(right), len(rows), 100 * sum(right) / len(rows), accepted,
-            sum(not row["label"] for row in rows), speed))
+        print("%-18s %d of %d right (%.1f %%), %d of %d wrong answers accepted, %.0f answers per CPU-second"
+              % (name, sum(right), len(rows), 100 * sum(right) / len(rows), accepted,
+                 sum(not row["label"] for row in rows), speed))
         for kind in {row["kind"] for row in rows}:
             right_by_kind[kind].append(sum(r for r, row in zip(right, rows) if row["kind"] == kind))
     print("%.0f times as many answers per CPU-second" % (speeds[0] / speeds[1]))
