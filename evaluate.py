@@ -16,7 +16,6 @@ import json
 import math
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,12 +35,11 @@ from redi.data import read_jsonl, write_atomically
 from redi.distributed import init_process_group
 from redi.generation import Request, generate, sample_key
 from redi.metrics import append_row, drop_partial_line, json_line, pass_at_1, pass_at_k
-from redi.model import CausalLM
+from redi.model import DTYPES, CausalLM
 from redi.tokenizer import PROMPT_TEMPLATES, Tokenizer, resolve_directory, user_message
 
 MODEL_FILES = ["*.json", "*.safetensors", "chat_template.jinja"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -60,7 +58,6 @@ def main(argv: list[str] | None = None) -> None:
         report(score(args, benchmarks), args.output)
         return
     refuse_equal_names([storage_name(path) for path in args.model], args.model)
-    end_with_torchrun()
     joined_here, threads = not dist.is_initialized(), torch.get_num_threads()
     device = init_process_group()
     torch.set_num_threads(args.threads)
@@ -302,21 +299,6 @@ def locked(folder: Path):
         yield
     finally:
         os.close(handle)
-
-
-def end_with_torchrun() -> None:
-    """A torchrun killed with -9 leaves its processes running: they would go on for hours beside the next
-    run."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def score(args: argparse.Namespace, benchmarks: list[Benchmark]) -> list[dict]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from redi import checkpoint, data, distributed, monitor, plan
 from redi.losses import dpo_loss, redi_loss, sequence_logps, sft_loss, simpo_loss
 from redi.metrics import MetricsLog
-from redi.model import CausalLM, ModelConfig
+from redi.model import DTYPES, CausalLM, ModelConfig
 from redi.tokenizer import Tokenizer, resolve_directory
 
 # Paper, Appendix C.
@@ -34,7 +34,6 @@ STAGES = {
     "dpo": {"lr": 2e-7, "batch_size": 32, "epochs": 1, "beta": 0.001},
     "simpo": {"lr": 5e-7, "batch_size": 32, "epochs": 1, "beta": 2.0},
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja"]
 # A resumed run must agree in these; the rest (ranks, micro-batches, logging) may change.
 SETTINGS = (

@@ -1,6 +1,8 @@
 """The process group, FSDP2 sharding, and what ranks tell each other. Without a process group there is one rank."""
 
 import os
+import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -24,6 +26,7 @@ def init_process_group() -> torch.device:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
+            _end_with_torchrun()
             store, index, size = next(dist.rendezvous("env://"))
             # torchrun keeps one store over its restarts: new workers would find the addresses of dead ones in it.
             attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -31,6 +34,20 @@ def init_process_group() -> torch.device:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def _end_with_torchrun() -> None:
+    """A torchrun killed with -9 leaves its processes running: they would go on for hours beside the next run."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def shard(model: CausalLM, compute_dtype: torch.dtype) -> None:
