@@ -410,7 +410,7 @@ class Parser:
 
     def product(self):
         if self.words_before():
-            node = self.sum()
+            node = self.nested(self.sum, bars=self.bars)
             if node[0] in ("sym", "app") and self.value() not in RELATIONS:
                 raise Unreadable("words around a symbol")
             return node
@@ -1286,7 +1286,7 @@ class Comparison:
         return True
 
     def consistent(self, rel):
-        """Do the sides of a chain that are not labels agree?  5 = 7 is no answer; after ~ stands a rounding."""
+        """Do the sides of a chain that are not labels agree?  After ~ stands a rounding."""
         values = [s for s in rel[2:] if not label(s)]
         if "~" in rel[1] and len(values) > 1:
             exact_value, rounded = (self.constant(v) for v in values[-2:])

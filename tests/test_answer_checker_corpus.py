@@ -162,7 +162,8 @@ def random_answer(rng, answers):
 ANSWERS = [
     r"\frac{3}{2}", r"(-\infty, 0) \cup [1, 2)", r"3 \pm 2\sqrt{2}", r"x \in [-2,7]", "y = 2x+3", "10,080",
     "5:8", r"12\text{ cm}^2", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\{1, 2\}", "(1,2),(3,4)",
-    r"2 < x \le 4", r"\binom{2n}{n}", r"\lfloor \frac{n}{2} \rfloor", "f(x) = x^2 + 1", r"\text{(C)}", "4:30 pm", r"e^{2it}"]
+    r"2 < x \le 4", r"\binom{2n}{n}", r"\lfloor \frac{n}{2} \rfloor", "f(x) = x^2 + 1", r"\text{(C)}",
+    "4:30 pm", r"e^{2it}"]
 
 
 def fuzz(seed, count, answers):
