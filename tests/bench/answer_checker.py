@@ -2,9 +2,10 @@
 
     python tests/bench/answer_checker.py ../shared/data/answers/labelled.jsonl     (needs math-verify 0.9.0)
 
-Rows: "gold", "pred", "label", "pred_is_text" (true: pred is the end of a response with a box).  Each checker
-runs once to warm up and then --repeats times; CPU seconds of the process, on one core.  Math-Verify is used as
-its documentation says: gold and prediction in dollars, LaTeX and plain expressions, boxes first, its time limits.
+Rows: "gold", "pred", "label", "pred_is_text" (true: pred is the end of a response with a box). Each
+checker runs once to warm up and then --repeats times; CPU seconds of the process, on one core. Math-
+Verify is used as its documentation says: gold and prediction in dollars, LaTeX and plain expressions,
+boxes first, its time limits.
 """
 import argparse
 import collections
