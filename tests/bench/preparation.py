@@ -6,7 +6,7 @@ Two generations a row, lengths log-normal around 4,000 tokens and at most 20,000
 parquet shards of 1,000-row groups where pyarrow is installed, else as JSONL. `openr1` reads their verdicts,
 `traces` lets the answer checker find its own; both measure pairs with a tokenizer. Memory is the sum of the
 resident sizes of all processes, sampled every 0.1 s (shared pages count once per process), as far as two
-samples in a row reach it: a process that is just being started is its parent for a moment, and would count twice.
+samples in a row reach it: a process being started is its parent for a moment, and would count twice.
 """
 import argparse
 import importlib.util
