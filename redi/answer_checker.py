@@ -172,7 +172,7 @@ def letters(word, before, after):
     if low in ("and", "or") or low == "in" and after in ("[", "(", "{", "\\"):
         return [("o", low)]
     unit = word == low and (before.isdigit() or before == "}")
-    if low in WORDS and (len(word) > 2 or (unit if low in UNITS else not after or after.isalnum())):
+    if low in WORDS and (len(word) > 2 or (unit if low in UNITS else not after or after.isalnum() or after in ".,")):
         return [("t", low)]
     pieces = PIECES.findall(word)
     singles = sum(len(p) == 1 for p in pieces)

@@ -242,6 +242,7 @@ TABLE = [
      ["Evelyn", "evelyn", r"\textbf{Evelyn}", r"\text{ Evelyn }", r"\mathrm{Evelyn}"],
      ["Eve", "Angela", r"\text{not Evelyn}", r"\text{Evelyn and Angela}"]),
     ("texts", r"\text{yes}", ["Yes", "YES."], ["no"]),
+    ("texts", "no", ["No.", r"\text{No}"], ["yes", "none"]),
     ("texts", r"\text{increasing on } x", [r"\text{Increasing on } x"], [r"\text{decreasing on } x"]),
     ("several readings", "x", [], ["х"]),
 ]
