@@ -167,7 +167,7 @@ def test_a_line_of_100_megabytes_is_refused_without_reading_it_whole(tmp_path):
     started = time.perf_counter()
     with pytest.raises(ValueError, match="rows.jsonl, line 2: longer than 64 MiB"):
         list(read_jsonl(path))
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < 30
 
 
 def test_a_role_that_the_template_refuses_is_named_by_its_line(place):
@@ -235,7 +235,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(place):
     (place / "model" / "config.json").write_text(json.dumps(raw | huge))
     started = time.perf_counter()
     refused(place, "has shape .* but config.json asks for")  # half a petabyte, on the meta device only
-    assert time.perf_counter() - started < 20
+    assert time.perf_counter() - started < 60
 
 
 def test_no_end_of_text_token_to_append(place):
@@ -311,7 +311,7 @@ def test_settings_of_dpo_out_of_range(place, changes):
 def command(*words, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, words)], capture_output=True, text=True,
-                          env=environment, timeout=120, **options)
+                          env=environment, timeout=300, **options)
 
 
 def test_the_command_says_one_sentence_and_fails(place):

@@ -53,7 +53,8 @@ def test_token_logps_equal_the_naive_version(chunk_size):
 
 def test_token_logps_from_bf16_are_those_of_an_fp32_evaluation():
     hidden, weight, labels = inputs(torch.bfloat16)
-    logps, grad_hidden, grad_weight = gradients(lambda *args: token_logps(*args, chunk_size=CHUNK), hidden, weight, labels)
+    ours = gradients(lambda *args: token_logps(*args, chunk_size=CHUNK), hidden, weight, labels)
+    logps, grad_hidden, grad_weight = ours
     naive = gradients(naive_token_logps, hidden.float(), weight.float(), labels)
     torch.testing.assert_close(logps, naive[0], atol=1e-4, rtol=0)
     assert grad_hidden.dtype == grad_weight.dtype == torch.bfloat16

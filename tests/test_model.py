@@ -382,7 +382,7 @@ def test_what_is_not_supported_is_refused_by_name(changes, message):
     started = time.perf_counter()
     with pytest.raises(ValueError, match=message):
         make_config(**changes)
-    assert time.perf_counter() - started < 0.5  # and before any memory is taken
+    assert time.perf_counter() - started < 5  # and before any memory is taken
 
 
 def test_switches_that_are_off_are_accepted():
