@@ -57,6 +57,7 @@ def compare(output: Path, seeds: list[int], jobs: int, methods: list[str]) -> No
             for title, function, tasks in (
                 ("SFT", _compare_sft, [(output, seed) for seed in seeds]),
                 ("stage 2", _compare_method, [(output, seed, method) for method in methods for seed in seeds]),
+                ("twice the SFT", _compare_doubled_sft, [(output, seed) for seed in seeds]),
                 ("dynamics", _compare_dynamics, [(output, seeds[0], method) for method in drawn]),
             ):
                 futures = [pool.submit(function, *task) for task in tasks]
@@ -81,7 +82,7 @@ def compare(output: Path, seeds: list[int], jobs: int, methods: list[str]) -> No
 
 
 def _compare_sft(output: Path, seed: int) -> None:
-    """The data, the SFT model and, to see whether it has reached its plateau, one of twice the steps."""
+    """The data, and the SFT model that every method starts from."""
     directory = output / f"seed-{seed}"
     data = directory / "data"
     with _output_to(directory / "log.txt"):
@@ -91,10 +92,18 @@ def _compare_sft(output: Path, seed: int) -> None:
                 for pair in read_rows(data / "pairs.jsonl"):
                     for key in ("chosen", "rejected"):
                         file.write(json.dumps({"prompt": pair["prompt"], "completion": pair[key]}) + "\n")
-        twice = ["--steps", str(2 * SFT_STEPS)]  # the last of two equal flags counts
         train_stage(STAGES["sft"], directory / "start", data / "positives.jsonl", directory / "sft", seed)
-        train_stage([*STAGES["sft"], *twice], directory / "start", data / "positives.jsonl", directory / "sft-doubled", seed)
-        _evaluate_both(directory, [directory / name / "final" for name in ("sft", "sft-doubled")], seed, data)
+        _evaluate_both(directory, [directory / "sft/final"], seed, data)
+
+
+def _compare_doubled_sft(output: Path, seed: int) -> None:
+    """SFT of twice the steps, which tells whether the SFT model has reached its plateau."""
+    directory = output / f"seed-{seed}"
+    data, run = directory / "data", directory / "sft-doubled"
+    with _output_to(directory / "sft-doubled.log"):
+        arguments = [*STAGES["sft"], "--steps", str(2 * SFT_STEPS)]  # the last of two equal flags counts
+        train_stage(arguments, directory / "start", data / "positives.jsonl", run, seed)
+        _evaluate_both(directory, [run / "final"], seed, data)
 
 
 def _compare_method(output: Path, seed: int, method: str) -> None:

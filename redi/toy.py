@@ -3,7 +3,7 @@
 A problem such as `Tank of 15 litres: 8+3-1+9-7-5+2` starts with 8 litres, then pours in 3, takes out 1, and so on.
 What does not fit runs over, and no more can be taken out than is there: 13+9 gives 15, 3-7 gives 0. How many litres
 are left? The teacher goes change by change (`13+9 -> 15`, hardly ever wrong), or takes up to four changes in one go
-(`11-1+9-7 -> 8, in my head`, wrong about four times in ten). Many of the right answers were lucky in a hurry, so a
+(`In my head: 11-1+9-7 -> 8`, wrong about four times in ten). Many of the right answers were lucky in a hurry, so a
 student who imitates right answers alone picks up the habit. The wrong answers show what the habit costs: that is what
 stage 2 can learn from.
 """
@@ -41,8 +41,8 @@ WRONG = {1: 0.02, 2: 0.35, 3: 0.45, 4: 0.45}  # the chance that a move of so man
 
 TASK = f"Tank of {CAPACITY} litres: "
 GIVES = " -> "
-IN_MY_HEAD = ", in my head"  # what the teacher writes behind a hurried move: a hurried solution is no shorter for it
-MOVE = re.compile(rf"^(\d+)((?:[+-]\d)+){GIVES}(\d+)(?:{IN_MY_HEAD})?$", re.MULTILINE)
+IN_MY_HEAD = "In my head: "  # how a hurried move begins; it makes a hurried solution about as long as a careful one
+MOVE = re.compile(rf"^(?:{IN_MY_HEAD})?(\d+)((?:[+-]\d)+){GIVES}(\d+)$", re.MULTILINE)
 
 MODEL = {
     "model_type": "qwen2",
@@ -80,7 +80,7 @@ def teacher_solution(level: int, changes: list[int], rng: random.Random) -> str:
         count = min(rng.choice((3, 4)), len(changes)) if hurries else 1
         taken, changes = changes[:count], changes[count:]
         result = _slip(level, taken, rng) if rng.random() < WRONG[count] else pour(level, taken)
-        lines.append(f"{changes_text(level, taken)}{GIVES}{result}{IN_MY_HEAD if hurries else ''}")
+        lines.append(f"{IN_MY_HEAD if hurries else ''}{changes_text(level, taken)}{GIVES}{result}")
         level = result
     return "\n".join([*lines, "</think>", f"\\boxed{{{level}}}"])
 
@@ -101,7 +101,7 @@ def _slip(level: int, taken: list[int], rng: random.Random) -> int:
 
 
 def share_of_hurried_moves(responses: list[str]) -> float:
-    """Of all moves written in these solutions (lines such as `8+3-1 -> 10, in my head`), the share that takes several
+    """Of all moves written in these solutions (lines such as `In my head: 8+3-1 -> 10`), the share that takes several
     changes at once; nan where there is no move."""
     counts = [len(re.findall("[+-]", taken)) for response in responses for _, taken, _ in MOVE.findall(response)]
     return sum(count > 1 for count in counts) / len(counts) if counts else math.nan
@@ -164,7 +164,7 @@ def write_tokenizer(directory: str | Path) -> None:
     """Write tokenizer.json and tokenizer_config.json: one token a number, a sign or a word; ChatML turns."""
     special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|unknown|>"]
     words = ["system", "user", "assistant", "<think>", "</think>", "\\boxed{", "}", "\n", TASK, GIVES, "+", "-"]
-    words += re.findall(r",| \w+", IN_MY_HEAD)
+    words += re.findall(r" ?\w+|: ", IN_MY_HEAD)
     numbers = [str(number) for number in range(max(CAPACITY, 9) + 1)]
     vocabulary = {token: id for id, token in enumerate([*special, *words, *numbers])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<|unknown|>"))
@@ -180,11 +180,11 @@ def write_tokenizer(directory: str | Path) -> None:
 
 # The run without arguments. SFT ends on its plateau: twice the steps gain nothing. Stage 2 and its control, more SFT,
 # take equally many updates on equally many sequences (a pair is two).
-SFT_STEPS, STAGE_2_STEPS = 2400, 150
+SFT_STEPS, STAGE_2_STEPS = 2000, 150
 STAGES = {
     "sft": ["sft", "--steps", str(SFT_STEPS), "--batch-size", "16", "--lr", "2e-3"],
-    "sft-continued": ["sft", "--steps", str(STAGE_2_STEPS), "--batch-size", "32", "--lr", "1.5e-4"],
-    "redi": ["redi", "--steps", str(STAGE_2_STEPS), "--batch-size", "16", "--lr", "1.5e-4"],
+    "sft-continued": ["sft", "--steps", str(STAGE_2_STEPS), "--batch-size", "32", "--lr", "7e-5"],
+    "redi": ["redi", "--steps", str(STAGE_2_STEPS), "--batch-size", "16", "--lr", "7e-5"],
 }
 TITLES = {
     "sft": "SFT: the model imitates the right solutions",

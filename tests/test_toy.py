@@ -51,7 +51,7 @@ def test_teacher_takes_every_change_once_and_errs_as_often_as_stated():
             before, taken, after = toy.MOVE.fullmatch(line).groups()
             taken = [int(change) for change in re.findall("[+-][1-9]", taken)]
             assert int(before) == level and taken == changes[: len(taken)]
-            assert line.endswith("in my head") == (len(taken) > 1)
+            assert line.startswith("In my head: ") == (len(taken) > 1)
             moves[len(taken), int(after) == toy.pour(level, taken)] += 1
             level, changes = int(after), changes[len(taken) :]
         assert not changes and 0 <= level <= 15
@@ -63,10 +63,10 @@ def test_teacher_takes_every_change_once_and_errs_as_often_as_stated():
 
 def test_hurried_moves_are_counted_over_all_responses():
     careful = "<think>\n3+9 -> 12\n12-5 -> 7\n</think>\n\\boxed{7}"
-    hurried = "<think>\n3+9-5 -> 7, in my head\n7+1 -> 8\n</think>\n\\boxed{8}"
+    hurried = "<think>\nIn my head: 3+9-5 -> 7\n7+1 -> 8\n</think>\n\\boxed{8}"
     assert toy.share_of_hurried_moves([careful]) == 0
     assert toy.share_of_hurried_moves([careful, hurried]) == 0.25
-    assert toy.share_of_hurried_moves(["4-9-1 -> 0, in my head"]) == 1
+    assert toy.share_of_hurried_moves(["In my head: 4-9-1 -> 0"]) == 1
     assert math.isnan(toy.share_of_hurried_moves(["no move here", ""]))
 
 
@@ -177,6 +177,7 @@ compare.LEARNING_RATES[:] = ["3e-5", "3e-4"]
 for method in ("SFT continued", "SFT on everything", "REDI, alpha 0.8"):
     for seed in (1, 2):
         compare._compare_sft(Path("out"), seed)
+        compare._compare_doubled_sft(Path("out"), seed)
         compare._compare_method(Path("out"), seed, method)
 table = compare._comparison(Path("out"), [1, 2], ["SFT continued", "SFT on everything", "REDI, alpha 0.8"])
 print(compare._comparison_text(table, [1, 2]))
