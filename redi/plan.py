@@ -63,8 +63,8 @@ def peak_memory(
     head = config.vocab_size * config.hidden_size
     width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     # What a layer keeps for its backward: both norms' outputs and the stream between them; q, k, v and the
-    # attention's output; gate, its SiLU, up and their product. The stream that enters counts as a checkpoint.
-    channels = 3 * width + 2 * (heads + kv_heads) * config.head_dim + 4 * config.intermediate_size
+    # attention's output; gate, up and the product. The stream that enters counts as a checkpoint.
+    channels = 3 * width + 2 * (heads + kv_heads) * config.head_dim + 3 * config.intermediate_size
     if FAMILIES[config.model_type][1]:  # q and k as they were before their norms
         channels += (heads + kv_heads) * config.head_dim
     layer_activations = tokens * (channels * itemsize + heads * FP32)
@@ -78,11 +78,10 @@ def peak_memory(
     }
     gathered = "gathered weights"
     logits = min(LOGIT_ROWS, tokens) * config.vocab_size * FP32
-    # The next chunk's logits come while the last one's, and their rounded copy, are still there; or a second
-    # head gradient, of one chunk, while only one chunk's are.
+    # One chunk's logits beside their rounded copy; or that copy beside a second head gradient, of one chunk.
     rounded = 0.5 if itemsize < FP32 else 0
     one_more_head = FP32 * head if itemsize < FP32 else 0
-    workspace = max((2 + rounded) * logits, (1 + rounded) * logits + one_more_head)
+    workspace = max((1 + rounded) * logits, rounded * logits + one_more_head)
     largest_shard = FP32 * head / ranks
     return {
         "loss": {
@@ -98,7 +97,7 @@ def peak_memory(
             gathered: itemsize * (root + 3 * layer),  # in use, coming next, and being copied
             "kept activations": kept,
             "activations of one layer": layer_activations if recompute else 0,
-            "their gradients": tokens * (3 * config.intermediate_size + 2 * width) * itemsize,
+            "their gradients": tokens * (4 * config.intermediate_size + 2 * width) * itemsize,
             "gradients of one layer and the head": itemsize * (head + 2 * layer) + 2 * FP32 * layer,
         },
         "optimiser": {**sharded, "AdamW's next update, for its norm": 5 * largest_shard},

@@ -1,0 +1,77 @@
+"""The hand-written forward and backward passes of the layers, on products large enough for oneDNN, against autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from redi.losses import fp32_product, token_logps, uses_onednn
+from redi.model import MLP, Linear, ModelConfig
+from tests import tiny
+
+
+def gradients(function, *inputs):
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    upstream = torch.sin(torch.arange(out.numel(), dtype=torch.float32)).view_as(out)
+    return out, *torch.autograd.grad(out, inputs, upstream)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 301])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(tokens, bias):
+    layer, inputs = Linear(250, 313, bias=bias), [random(tokens, 250), random(313, 250, seed=1)]
+    inputs += [random(313, seed=2)] if bias else []
+    assert uses_onednn(*inputs[:2]) == (tokens == 301 and torch.backends.mkldnn.is_available())
+
+    def ours(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(("weight", "bias"), parameters)), (x,))
+
+    for found, expected in zip(gradients(ours, *inputs), gradients(F.linear, *inputs)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_products_of_strided_operands():
+    """As the backward passes make them: transposed views, rows cut out of a longer tensor."""
+    a, b = random(400, 350)[13:313].t(), random(260, 300, seed=1)
+    torch.testing.assert_close(fp32_product(a, b), a @ b.t(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(fp32_product(b, a), b @ a.t(), rtol=1e-5, atol=1e-4)
+
+
+def test_only_large_fp32_products_on_a_cpu_go_to_onednn():
+    a, b = random(300, 256), random(256, 256)
+    assert uses_onednn(a, b) == torch.backends.mkldnn.is_available()
+    assert not uses_onednn(a[:255], b)
+    assert not uses_onednn(a.bfloat16(), b.bfloat16()) and not uses_onednn(a.to("meta"), b.to("meta"))
+
+
+def test_mlp():
+    mlp = MLP(ModelConfig.from_dict({**tiny.QWEN2, "vocab_size": 10}))
+    names, parameters = zip(*mlp.named_parameters())
+
+    def ours(x, *parameters):
+        return torch.func.functional_call(mlp, dict(zip(names, parameters)), (x,))
+
+    def naive(x, gate, up, down):
+        return (F.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
+
+    inputs = [random(31, 48), *(p.detach() for p in parameters)]
+    for found, expected in zip(gradients(ours, *inputs), gradients(naive, *inputs)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [301, 2048])
+def test_token_logps_of_a_large_head(chunk_size):
+    hidden, head, labels = random(600, 64), random(1009, 64, seed=1) / 8, torch.arange(600) % 1009
+    labels[::7] = -100
+
+    def naive(hidden, head):
+        logps = torch.log_softmax(hidden @ head.t(), -1).gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+        return torch.where(labels == -100, 0, logps)
+
+    found = gradients(lambda *inputs: token_logps(*inputs, labels, chunk_size=chunk_size), hidden, head)
+    for ours, expected in zip(found, gradients(naive, hidden, head)):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
