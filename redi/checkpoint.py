@@ -312,17 +312,21 @@ def load_checkpoint(path: Path, model: CausalLM, optimizer) -> dict:
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The newest step directory whose files are whole. All ranks call and get the same answer.
+    """The newest step directory whose files are whole; None where there is none. All ranks get the same answer.
 
     A damaged one is named on the screen and passed over; a leftover of an interrupted save is no candidate.
+    Raises ValueError where all of them are damaged: to begin anew is not for a resumption to decide.
     """
-    for path in reversed(checkpoints(output)):
+    found = checkpoints(output)
+    for path in reversed(found):
         problem = _damage(path)
         problems = [p for p in gather(problem) if p]
         if not problems:
             return path
         if rank() == 0:
             print(f"{path} is damaged and passed over: {problems[0]}", flush=True)
+    if found:
+        raise ValueError(f"{output}: every checkpoint is damaged; --overwrite begins anew")
     return None
 
 
@@ -339,8 +343,9 @@ def checkpoints(output: Path) -> list[Path]:
 
 def remove_leftovers(output: Path) -> None:
     """Delete what an interrupted save left behind. For rank 0, before training."""
-    for path in output.glob("*.partial"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for pattern in ("*.partial", "*.partial-[0-9]*"):
+        for path in output.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _damage(path: Path) -> str | None:
@@ -379,19 +384,29 @@ def weights_digest(directory: str | Path) -> str:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file that appears under its name whole or not at all. Raises OSError."""
+    """Write a safetensors file, with a checksum in it, that appears whole or not at all. Raises OSError."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        _save_safetensors(tensors, partial)
+        _save_safetensors(tensors, partial, sha256=_tensors_digest(tensors))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Everything in a safetensors file. Raises ValueError naming the file."""
+    """Everything in a file of save_tensors. Raises ValueError naming the file where it is damaged."""
     file = _open_safetensors(path)
-    return {key: file.get_tensor(key) for key in file.keys()}
+    tensors = {key: file.get_tensor(key) for key in file.keys()}
+    if (file.metadata() or {}).get("sha256") != _tensors_digest(tensors):
+        raise ValueError(f"{path} does not match its checksum; delete it, and it is made again")
+    return tensors
+
+
+def _tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _rank_file(index: int, ranks: int) -> str:
@@ -407,9 +422,9 @@ def _open_safetensors(path: Path):
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _save_safetensors(tensors: dict, path: Path) -> None:
+def _save_safetensors(tensors: dict, path: Path, **metadata: str) -> None:
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
     except SafetensorError as error:  # the library's way to report a full disk
         raise OSError(f"cannot write {path}: {error}") from error
     os.chmod(path, 0o644)  # written 0600, which another user's inference server cannot read

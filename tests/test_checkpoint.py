@@ -304,7 +304,8 @@ def test_newest_whole_checkpoint_is_found_and_damage_named(tmp_path, capsys):
     (tmp_path / "step-000004" / "training_state" / "rank-00000-of-00001.safetensors").unlink()
     assert checkpoint.newest_checkpoint(tmp_path).name == "step-000002"
     (tmp_path / "step-000002" / "training_state" / "state.json").unlink()
-    assert checkpoint.newest_checkpoint(tmp_path) is None
+    with pytest.raises(ValueError, match="every checkpoint is damaged"):  # rather than begin anew, unasked
+        checkpoint.newest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("old, new", [('"step": 12', '"step": 13'), ('"skipped": 3', '"skipped": 2'),
@@ -316,7 +317,8 @@ def test_a_damaged_state_file_is_recognised(tmp_path, capsys, old, new):
     text = file.read_text()
     assert old in text and checkpoint.newest_checkpoint(tmp_path) == path
     file.write_text(text.replace(old, new))
-    assert checkpoint.newest_checkpoint(tmp_path) is None
+    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+        checkpoint.newest_checkpoint(tmp_path)
     assert "step-000012 is damaged and passed over: " in capsys.readouterr().out
 
 
