@@ -62,7 +62,8 @@ def compare(method: str, directory: str, args) -> str:
             worker.stdin.flush()
             line = worker.stdout.readline()
             if not line:
-                sys.exit(f"error: the {side} process ended early with exit code {worker.wait()}")
+                log = Path(directory, f"{side}.log").read_text()
+                sys.exit(f"{log[-2000:]}\nerror: the {side} process ended early with exit code {worker.wait()}")
             reports[side].append(json.loads(line))
     for worker in workers.values():
         worker.stdin.close()
