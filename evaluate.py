@@ -162,7 +162,7 @@ def draw_missing(model: Model, benchmarks: list[Benchmark], args, device: torch.
     rank, ranks, context = dist.get_rank(), dist.get_world_size(), model.config.max_position_embeddings
     todo, requests = [], []  # todo[i] = (benchmark, id, sample) of requests[i]
     for benchmark in benchmarks:
-        done = {key for key, _ in read_samples(samples_file(model.folder(benchmark), 0))}
+        done = {key for key, _ in read_samples(samples_file(model.folder(benchmark), 0), benchmark)}
         for id, prompt_ids in model.prompts(benchmark).items():
             limit = min(args.max_new_tokens, context - len(prompt_ids))
             for sample in range(args.samples):
@@ -212,13 +212,21 @@ def samples_file(folder: Path, rank: int) -> Path:
     return folder / (f"samples.rank-{rank}.jsonl" if rank else "samples.jsonl")
 
 
-def read_samples(path: Path) -> Iterator[tuple[tuple[str, int], dict]]:
+SAMPLE_TYPES = {
+    "id": (str,), "sample": (int,), "response": (str,), "finish_reason": (str, type(None)),
+    "tokens": (int, type(None)), "answer": (str, type(None)), "correct": (bool,),
+}  # fmt: skip
+
+
+def read_samples(path: Path, benchmark: Benchmark) -> Iterator[tuple[tuple[str, int], dict]]:
     """((id, sample), row) of each line of a samples file of ours, which may not exist yet."""
     for line, row in read_jsonl(path) if path.exists() else ():
-        key = row.get("id"), row.get("sample")
-        if not isinstance(row.get("response"), str) or not isinstance(key[1], int) or "correct" not in row:
-            raise ValueError(f"{path}, line {line}: expected the keys id, sample, response and correct")
-        yield key, row
+        for key, types in SAMPLE_TYPES.items():
+            if key not in row or type(row[key]) not in types:
+                raise ValueError(f"{path}, line {line}: {key!r} is {str(row.get(key))[:80]!r}; the line is damaged")
+        if row["id"] not in benchmark.answers:
+            raise ValueError(f"{path}, line {line}: id {row['id'][:80]!r} is not among the problems")
+        yield (row["id"], row["sample"]), row
 
 
 def merge_samples(folder: Path, benchmark: Benchmark, rescore: bool = False) -> dict[tuple[str, int], dict]:
@@ -226,17 +234,20 @@ def merge_samples(folder: Path, benchmark: Benchmark, rescore: bool = False) -> 
     sample).
 
     Killed at any moment it loses nothing: the other files go only after their rows are in place, and a row
-    met twice counts once.
+    met twice counts once. Raises ValueError where two rows of one sample differ.
     """
     main, others = samples_file(folder, 0), sorted(folder.glob("samples.rank-*.jsonl"))
-    samples, rows_read = {}, 0
+    samples, rows_read, changed = {}, 0, False
     for path in [main, *others]:
         drop_partial_line(path)
-        for key, row in read_samples(path):
+        for key, row in read_samples(path, benchmark):
             rows_read += 1
-            samples.setdefault(key, scored(row, benchmark) if rescore else row)
+            known = samples.setdefault(key, scored(row, benchmark) if rescore else row)
+            changed |= known != row
+            if known["response"] != row["response"]:
+                raise ValueError(f"{path}: sample {key[1]} of id {key[0]!r} is there twice, with two responses")
     keys = in_order(samples, benchmark)
-    if rescore or others or keys != list(samples) or rows_read > len(samples):
+    if changed or others or keys != list(samples) or rows_read > len(samples):
         with write_atomically(main) as file:
             file.writelines(json_line(samples[key]) for key in keys)
     for path in others:
@@ -269,12 +280,12 @@ def check_settings(folder: Path, settings: dict) -> dict | None:
 
 def start_folder(folder: Path, settings: dict, benchmark: Benchmark) -> None:
     """Make a folder ready to be appended to: settings written, what an interrupted run left tidied up, and
-    samples scored anew where the checker has changed since."""
+    samples scored anew (milliseconds each, at most): the checker, or the file, may have changed since."""
     found, settings = check_settings(folder, settings), {**settings, "checker": checker_version()}
     for leftover in folder.glob("*.partial-*"):
         leftover.unlink()
     if found is not None:
-        merge_samples(folder, benchmark, rescore=found.get("checker") != settings["checker"])
+        merge_samples(folder, benchmark, rescore=True)
     if found != settings:
         with write_atomically(folder / "settings.json") as file:
             json.dump(settings, file, indent=2)

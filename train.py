@@ -62,7 +62,8 @@ def train(args: argparse.Namespace) -> None:
     state["collapse"] = monitor.new_history()
     if args.resume and (newest := checkpoint.newest_checkpoint(args.output)):
         state = checkpoint.load_checkpoint(newest, model, optimizer)
-    log = MetricsLog(args.output / "metrics.jsonl", state["step"]) if distributed.rank() == 0 else None
+    log_path = args.output / "metrics.jsonl"
+    log = distributed.run_where(distributed.rank() == 0, lambda: MetricsLog(log_path, state["step"]))
     describe(args, model, dataset, total_steps, state["step"], device)
 
     batches = prefetch(range(state["step"], total_steps), lambda step: make_batch(args, model, dataset, step))

@@ -22,7 +22,7 @@ from redi.losses import IGNORE_INDEX
 from redi.tokenizer import Tokenizer
 
 MAX_LINE_BYTES = 64 * 2**20
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
@@ -220,15 +220,18 @@ def load_dataset(path: Path, tokenizer: Tokenizer, settings: TokenSettings, cach
         with safe_open(cache, framework="np") as file:
             metadata = file.metadata()
             offsets, prompts, lines = (file.get_tensor(key) for key in ("offsets", "prompt_lengths", "lines"))
-    except SafetensorError as error:
+        ids = np.empty(0, np.int32)
+        if len(lines):  # The only large tensor is mapped, not read: all ranks of a machine share its pages.
+            ids = np.memmap(cache, np.int32, "r", _data_offset(cache, "ids"), shape=int(offsets[-1]))
+        if metadata["sha256"] != _checksum(metadata, ids, offsets, prompts, lines):
+            raise ValueError("its checksum is another")
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise ValueError(f"{cache} is damaged ({error}); delete it, and it is made again") from None
     if not len(lines):
         raise ValueError(
             f"{path}: no example to train on ({metadata['dropped']} dropped: longer than "
             f"{settings.max_prompt} prompt, {settings.max_response} response or {settings.max_total} tokens in all)"
         )
-    # The only large tensor is mapped, not read: all ranks of a machine share its pages.
-    ids = np.memmap(cache, dtype=np.int32, mode="r", offset=int(_data_offset(cache, "ids")), shape=int(offsets[-1]))
     return Dataset(
         ids, offsets, prompts, lines, int(metadata["dropped"]), 2 if settings.pairs else 1, metadata["digest"]
     )
@@ -244,6 +247,15 @@ def cache_name(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> str
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror}") from None
     return f"{path.name}.tokens-{digest.hexdigest()[:16]}.safetensors"
+
+
+def _checksum(metadata: dict[str, str], *arrays: np.ndarray) -> str:
+    """SHA-256 of all that a token cache holds."""
+    digest = hashlib.sha256(f"{metadata['dropped']} {metadata['digest']}".encode())
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode() + b"\0")
+        digest.update(array)
+    return digest.hexdigest()
 
 
 def _data_offset(path: Path, key: str) -> int:
@@ -300,9 +312,11 @@ def _tokenize(path: Path, tokenizer: Tokenizer, settings: TokenSettings, cache: 
     for key, tensor in tensors.items():
         if key != "lines":
             digest.update(tensor.numpy().tobytes())
+    metadata = {"dropped": str(dropped), "digest": digest.hexdigest()}
+    metadata["sha256"] = _checksum(metadata, *(tensor.numpy() for tensor in tensors.values()))
     partial = cache.with_name(f"{cache.name}.partial-{os.getpid()}")
     try:
-        save_file(tensors, partial, metadata={"dropped": str(dropped), "digest": digest.hexdigest()})
+        save_file(tensors, partial, metadata=metadata)
         os.replace(partial, cache)
     except SafetensorError as error:  # the library's way to report a full disk
         raise OSError(f"cannot write {cache}: {error}") from None

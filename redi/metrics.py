@@ -69,10 +69,20 @@ class MetricsLog:
 
     def __init__(self, path: Path, steps_done: int):
         """Keep the lines of the first steps_done steps; drop what an interrupted run logged after its
-        checkpoint."""
+        checkpoint. Raises ValueError naming file and line where the steps do not rise."""
         self.path, self.waiting = path, []
         drop_partial_line(path)
-        kept = [row for _, row in read_jsonl(path) if row["step"] <= steps_done] if path.exists() else []
+        kept, last = [], 0
+        for line, row in read_jsonl(path) if path.exists() else ():
+            step = row.get("step")
+            if type(step) is not int or step <= last:
+                raise ValueError(f"{path}, line {line}: step {step!r} after step {last}; mend the file, or move it "
+                                 "away to go on without its lines")
+            last = step
+            if step <= steps_done:
+                kept.append(row)
+        if len(kept) < steps_done:
+            print(f"{path} lacks the lines of {steps_done - len(kept)} of the {steps_done} steps done")
         with write_atomically(path) as file:
             file.writelines(map(json_line, kept))
 

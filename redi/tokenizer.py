@@ -135,7 +135,7 @@ class Tokenizer:
         for name in ("generation_config.json", "config.json"):
             ids = _read_json_object(directory / name).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
-            eos_ids += [id for id in ids if isinstance(id, int) and tokenizer.id_to_token(id) is not None]
+            eos_ids += [id for id in ids if type(id) is int and 0 <= id < 2**32 and tokenizer.id_to_token(id)]
 
         template = config.get("chat_template")
         if isinstance(template, list):  # several named templates

@@ -1,0 +1,135 @@
+"""Damage to files of a run that a later command reads is noticed, and told in one sentence that names the file."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import evaluate
+from redi import checkpoint, data
+from redi.metrics import MetricsLog
+from redi.tokenizer import Tokenizer
+from tests import tiny
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_any_changed_byte_of_a_saved_tensor_is_noticed(tmp_path):
+    path = tmp_path / "logps.safetensors"
+    tensors = {"reference_logps": torch.arange(6.0).view(3, 2)}
+    checkpoint.save_tensors(tensors, path)
+    whole, header = path.read_bytes(), 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            found = checkpoint.load_tensors(path)
+        except ValueError as error:
+            assert "logps.safetensors" in str(error)
+        else:  # a letter of the header that nothing depends on
+            assert at < header and found.keys() == tensors.keys()
+            assert found["reference_logps"].equal(tensors["reference_logps"])
+    save_file({"reference_logps": torch.zeros(3, 2)}, path)
+    with pytest.raises(ValueError, match="logps.safetensors does not match its checksum; delete it"):
+        checkpoint.load_tensors(path)
+
+
+def test_any_changed_token_id_in_a_cache_is_noticed(tmp_path):
+    tiny.write_tokenizer(tmp_path / "model")
+    tiny.write_rows(tmp_path, examples=2)
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
+    settings, cache = data.TokenSettings(True, 999, 999, 999), tmp_path / "cache"
+    first = data.load_dataset(tmp_path / "pairs.jsonl", tokenizer, settings, cache)
+    ids = first.ids.tolist()  # read now: the file is mapped
+    whole, start = cache.read_bytes(), 8 + int.from_bytes(cache.read_bytes()[:8], "little")
+    for at in range(start, len(whole), 7):
+        cache.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="cache is damaged .*delete it"):
+            data.load_dataset(tmp_path / "pairs.jsonl", tokenizer, settings, cache)
+    save_file({"lines": torch.zeros(2)}, cache)
+    with pytest.raises(ValueError, match="cache is damaged"):
+        data.load_dataset(tmp_path / "pairs.jsonl", tokenizer, settings, cache)
+    cache.write_bytes(whole)
+    again = data.load_dataset(tmp_path / "pairs.jsonl", tokenizer, settings, cache)
+    assert again.digest == first.digest and again.ids.tolist() == ids
+
+
+@pytest.mark.parametrize("steps, message", [
+    ([1, 1], "line 2: step 1 after step 1"), ([1, 3, 2], "line 3: step 2 after step 3"), ([0], "line 1: step 0 after"),
+    ([1, None], "line 2: step None"), ([1, True], "line 2: step True"), (["1"], "line 1: step '1'"),
+])  # fmt: skip
+def test_a_log_whose_steps_do_not_rise_is_refused_and_kept(tmp_path, steps, message):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"metrics.jsonl, {message}.*mend the file, or move it away"):
+        MetricsLog(path, 3)
+    assert path.read_bytes() == before
+
+
+def test_lines_that_a_log_lacks_are_told(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 3}\n{"step": 4}\n{"step')
+    MetricsLog(path, 3).write({"step": 4, "again": True})
+    assert rows(path) == [{"step": 1}, {"step": 3}, {"step": 4, "again": True}]
+    assert "metrics.jsonl lacks the lines of 1 of the 3 steps done" in capsys.readouterr().out
+
+
+def test_leftovers_of_every_kind_are_removed_and_nothing_else(tmp_path):
+    (tmp_path / "step-000002.partial").mkdir()
+    for name in ("run.json.partial-123", "final.partial", "run.json", "notes.partial-draft"):
+        (tmp_path / name).write_text("")
+    checkpoint.remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["notes.partial-draft", "run.json"]
+
+
+# samples.jsonl
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    place = tmp_path_factory.mktemp("evaluated")
+    tiny.write_model(place / "model", num_hidden_layers=1)
+    problems = [{"id": f"p{i}", "problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
+    (place / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    return place
+
+
+def run_again(place):
+    words = ["--model", place / "model", "--problems", place / "problems.jsonl", "--output", place / "out"]
+    evaluate.main([*map(str, words), "--samples", "2", "--max-new-tokens", "5"])
+    return next((place / "out").rglob("samples.jsonl"))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"id": "p9"}, "line 2: id 'p9' is not among the problems"), ({"id": 3}, "line 2: 'id' is '3'"),
+    ({"sample": "1"}, "line 2: 'sample' is '1'"), ({"sample": True}, "line 2: 'sample' is 'True'"),
+    ({"response": None}, "line 2: 'response' is 'None'"), ({"correct": 1}, "line 2: 'correct' is '1'"),
+    ({"tokens": 1.5}, "line 2: 'tokens' is '1.5'"), ({"finish_reason": []}, "line 2: 'finish_reason' is"),
+    ({"sample": 0, "response": "other"}, "sample 0 of id 'p0' is there twice, with two responses"),
+])  # fmt: skip
+def test_damaged_samples_are_named(evaluated, changes, message):
+    path = run_again(evaluated)
+    whole = path.read_bytes()
+    lines = rows(path)
+    lines[1].update(changes)
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    before = path.read_bytes()
+    try:
+        with pytest.raises(ValueError, match=f"samples.jsonl.*{message}"):
+            run_again(evaluated)
+        assert path.read_bytes() == before
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_score_in_the_file_is_not_believed(evaluated):
+    path = run_again(evaluated)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"correct": false', b'"correct": true').replace(b'"answer": null', b'"answer": "1"'))
+    assert path.read_bytes() != whole
+    assert run_again(evaluated).read_bytes() == whole
+    assert json.loads((evaluated / "out" / "results.json").read_text())["results"][0]["pass@1"] == 0
