@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 import tokenizers
+import torch
 
 from redi import distributed
 from redi.answer_checker import is_correct
@@ -202,6 +203,7 @@ def run_example(output: str | Path = "out/example", seed: int = 0) -> None:
     """
     output = Path(output)
     data = output / "data"
+    torch.set_num_threads(1)  # products this small gain nothing from more, and lose much on a busy machine
     distributed.init_process_group()
     distributed.run_where(distributed.rank() == 0, lambda: prepare(output, seed))
     _say(_introduction(data))
