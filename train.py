@@ -528,7 +528,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--save-every", type=int, default=200, help="steps between checkpoints; 0 for none")
     add("--keep-checkpoints", type=int, default=2, help="how many to keep; 0 for all")
     add("--log-every", type=int, default=10, help="steps between lines on the screen")
-    add("--collapse-threshold", type=float, default=1.0, help="nats per token that the chosen LogPS may lose before "
+    add("--collapse-threshold", type=float, default=1.5, help="nats per token that the chosen LogPS may lose before "
         "a warning (redi/monitor.py)")
     add("--stop-on-collapse", action="store_true", help="save and stop at that warning")
     add("--max-skipped", type=int, default=10, help="updates in a row that may be skipped for numbers not finite")
