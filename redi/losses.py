@@ -38,8 +38,8 @@ class _LabelLogps(torch.autograd.Function):
             logsumexps[rows] = (maxima + sums.log()).squeeze(1)
         ctx.save_for_backward(hidden, head_weight, labels, logsumexps)
         ctx.chunk_size = chunk_size
-        # Saves a quarter of the head's arithmetic where all labels fit into one chunk (14 % of the CPU seconds of
-        # an SFT step: 25M parameters, 32,000 words, one pair), and needs no memory that backward would not take next.
+        # Saves a quarter of the head's arithmetic where all labels fit into one chunk (14 % of the CPU seconds
+        # of an SFT step: 25M parameters, 32,000 words, one pair), and takes no memory that backward would not.
         ctx.last_probs = logits.div_(sums)
         return logps.sub_(logsumexps)
 
@@ -93,8 +93,8 @@ def fp32_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = N
 def uses_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether oneDNN is to compute the product of a (n, k) and b (m, k): a large one in fp32 on a CPU.
 
-    Otherwise it is MKL, which takes AVX2 kernels on AMD processors: 104 GFLOP/s against oneDNN's 230 on one Zen 5
-    core. A product of a new shape costs oneDNN 0.5 ms of preparation, more than small ones save.
+    Otherwise it is MKL, which takes AVX2 kernels on AMD processors: 104 GFLOP/s against oneDNN's 230 on one
+    Zen 5 core. A product of a new shape costs oneDNN 0.5 ms of preparation, more than small ones save.
     """
     possible = a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     return possible and len(a) * b.numel() > 2**24

@@ -207,8 +207,8 @@ class Linear(nn.Linear):
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """x (T, C) @ weight.T + bias. With the head's products in oneDNN too, a REDI step takes 6.3 instead of 8.3 CPU
-    seconds (25M parameters, 4,200 tokens, one Zen 5 core)."""
+    """x (T, C) @ weight.T + bias. With the head's products in oneDNN too, a REDI step takes 6.3 instead of 8.3
+    CPU seconds (25M parameters, 4,200 tokens, one Zen 5 core)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):

@@ -1,4 +1,4 @@
-"""The hand-written forward and backward passes of the layers, on products large enough for oneDNN, against autograd."""
+"""The layers' hand-written forward and backward passes against autograd, on products large enough for oneDNN."""
 
 import pytest
 import torch

@@ -2,18 +2,18 @@
 
     python tests/bench/gpu.py                      everything below, one after the other
     python tests/bench/gpu.py redi longest         some of it: backends sft redi dpo simpo longest sampling
-    python tests/bench/gpu.py redi --train-flags="--compile --no-gradient-checkpointing --micro-batch-tokens 20480"
+    python tests/bench/gpu.py redi --train-flags="--compile --micro-batch-tokens 20480"
     python tests/bench/gpu.py --dry-run            the same code with a tiny shape; runs on a CPU
 
 Training runs train.py itself on random pairs and reads its metrics.jsonl; nothing is downloaded.
 
 Model FLOPs utilisation = model FLOPs / seconds / peak. Model FLOPs of a step, recomputation not counted, are
 6 x (parameters of the layers' matrix products x tokens + those of the head x labels), plus causal attention:
-6 x layers x heads x head size x the sum of squared sequence lengths. A step's seconds are all of it: data, forward,
-backward, clipping, AdamW and the log.
+6 x layers x heads x head size x the sum of squared sequence lengths. A step's seconds are all of it: data,
+forward, backward, clipping, AdamW and the log.
 
-Sampling is compared with the bandwidth limit of one decoding step: (bytes of the weights + bytes of all keys and
-values cached) / peak bandwidth.
+Sampling is compared with the bandwidth limit of one decoding step: (bytes of the weights + bytes of all keys
+and values cached) / peak bandwidth.
 """
 
 import argparse
@@ -55,7 +55,7 @@ TINY = {
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048,
     "rope_theta": 300_000.0,
 }
-# Dense bf16 FLOP/s without sparsity, and bytes/s, from the makers' data sheets. Found by a part of the device's name.
+# Dense bf16 FLOP/s and bytes/s, from the makers' data sheets. Found by a part of the device's name.
 PEAKS = {
     "H200": (989e12, 4.8e12), "H100 PCIe": (756e12, 2.0e12), "H100": (989e12, 3.35e12),
     "A100-SXM4-80GB": (312e12, 2.039e12), "A100": (312e12, 1.555e12),
@@ -63,14 +63,15 @@ PEAKS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS) + " (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="a tiny shape and short rows, on a CPU too")
-    parser.add_argument("--pairs", type=int, default=32, help="pairs per optimiser step (sft: their 64 responses)")
+    parser.add_argument("--pairs", type=int, default=32, help="per optimiser step (sft: their 64 responses)")
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps; the first one is not counted")
-    parser.add_argument("--peak-flops", type=float, help="dense bf16 FLOP/s of the device, if it is not a known one")
-    parser.add_argument("--peak-bandwidth", type=float, help="bytes/s of the device, if it is not a known one")
-    parser.add_argument("--train-flags", type=shlex.split, default=[], help="more flags for train.py, in one word")
+    parser.add_argument("--peak-flops", type=float, help="bf16 FLOP/s of the device, if it is not a known one")
+    parser.add_argument("--peak-bandwidth", type=float, help="its bytes/s")
+    parser.add_argument("--train-flags", type=shlex.split, default=[], help="more flags for train.py")
     args = parser.parse_args()
     parts = args.parts or PARTS
     if unknown := set(parts) - set(PARTS):
@@ -81,7 +82,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     known = next((peaks for part, peaks in PEAKS.items() if part in name), (None, None))
     args.peak_flops, args.peak_bandwidth = args.peak_flops or known[0], args.peak_bandwidth or known[1]
-    print(f"{name}, torch {torch.__version__}" + (", DRY RUN: these figures mean nothing" if args.dry_run else ""))
+    print(f"{name}, torch {torch.__version__}{', DRY RUN: these figures mean nothing' if args.dry_run else ''}")
     if "backends" in parts:
         compare_backends(device)
     with tempfile.TemporaryDirectory() as directory:
@@ -105,7 +106,7 @@ def compare_backends(device: str) -> None:
         return torch.randn(shape, generator=generator).to(torch.bfloat16)
 
     bounds = torch.tensor([0, 1, 130, 643, 1000], dtype=torch.int32)
-    q, k, v, upstream = random(1000, 12, 128), random(1000, 2, 128), random(1000, 2, 128), random(1000, 12, 128)
+    q, k, v, upstream = (random(1000, heads, 128) for heads in (12, 2, 2, 12))
 
     def attention(device, dtype):
         with torch.enable_grad():
@@ -119,7 +120,8 @@ def compare_backends(device: str) -> None:
     def decoding(device, dtype):
         return (cached_attention(*(x.to(device, dtype) for x in cached), lengths.to(device)),)
 
-    hidden, head, labels = random(300, 256), random(3001, 256) / 16, torch.randint(3001, (300,), generator=generator)
+    hidden, head = random(300, 256), random(3001, 256) / 16
+    labels = torch.randint(3001, (300,), generator=generator)
     labels[::3] = -100
 
     def logps(device, dtype):
@@ -128,19 +130,21 @@ def compare_backends(device: str) -> None:
             out = token_logps(*inputs, labels.to(device), chunk_size=64)
             return out, *torch.autograd.grad(out.sum(), inputs)
 
-    for name, function in (("packed_attention", attention), ("cached_attention", decoding), ("token_logps", logps)):
+    functions = {"packed_attention": attention, "cached_attention": decoding, "token_logps": logps}
+    for name, function in functions.items():
         exact, ours = function("cpu", torch.float32), function(device, torch.bfloat16)
         # Relative to the largest element: bf16 keeps 8 bits.
         worst = max(((a - b.cpu().float()).abs().max() / a.abs().max()).item() for a, b in zip(exact, ours))
-        print(f"{name}: value and gradients on {device} in bf16 are within {worst:.4f} of fp32 on the CPU, relative "
-              "to the largest element")
+        print(f"{name}: value and gradients on {device} in bf16 are within {worst:.4f} of fp32 on the CPU, "
+              "relative to the largest element")
         if worst > 0.03:
             sys.exit(f"error: {name} is wrong: that is more than 0.03")
 
 
 def measure_training(directory: Path, method: str, args) -> None:
     """Pairs with responses of log-normal lengths: mean about 5,500 tokens, none above 19,000."""
-    lengths = np.exp(np.random.default_rng(0).normal(8.36, 0.75, (args.pairs * args.steps, 2))).clip(300, 18_999)
+    rng = np.random.default_rng(0)
+    lengths = np.exp(rng.normal(8.36, 0.75, (args.pairs * args.steps, 2))).clip(300, 18_999)
     prompts = (40, 800)
     if args.dry_run:
         lengths, prompts = lengths / 100, (2, 8)
@@ -148,7 +152,7 @@ def measure_training(directory: Path, method: str, args) -> None:
 
 
 def measure_longest(directory: Path, args) -> None:
-    """One pair of the longest prompt and responses that the defaults of train.py let through: 2 x 19,800 tokens."""
+    """One pair as long as the defaults of train.py let through: 2 x 19,800 tokens."""
     longest, prompt = (190, 8) if args.dry_run else (18_999, 800)  # one more token ends a response
     lengths = np.full((args.steps, 2), longest)
     print("longest pair alone, " + run_training(directory, "redi", lengths, (prompt, prompt), 1, args))
@@ -158,8 +162,9 @@ def run_training(directory: Path, method: str, lengths: np.ndarray, prompts, pai
     """Run train.py on pairs of these response lengths, and put its metrics into words."""
     files = write_rows(directory, lengths, prompts, TINY["vocab_size"])
     output = directory / "output"
+    data = files["sft" if method == "sft" else "pairs"]
     flags = [
-        method, "--model", str(directory / "model"), "--data", str(files["sft" if method == "sft" else "pairs"]),
+        method, "--model", str(directory / "model"), "--data", str(data),
         "--output", str(output), "--overwrite", "--steps", str(args.steps), "--save-every", "0",
         "--batch-size", str(pairs * (2 if method == "sft" else 1)), "--dtype", "bfloat16", *args.train_flags,
     ]
@@ -174,14 +179,16 @@ def run_training(directory: Path, method: str, lengths: np.ndarray, prompts, pai
     flops = []
     for row in metrics:
         _, rows = step_rows(len(dataset), train_args.batch_size, train_args.seed, row["step"] - 1)
-        flops.append(3 * forward_flops(model_config, dataset.input_lengths[rows], dataset.label_counts[rows]).sum())
+        lengths, labels = dataset.input_lengths[rows], dataset.label_counts[rows]
+        flops.append(3 * forward_flops(model_config, lengths, labels).sum())
     rate = median(row["tokens"] / row["seconds"] for row in metrics)
     achieved = median(amount / row["seconds"] for amount, row in zip(flops, metrics))
-    utilisation = f"{achieved / args.peak_flops:.1%} of {args.peak_flops / 1e12:.0f}" if args.peak_flops else "no known peak"
+    peak = args.peak_flops
+    share = f"{achieved / peak:.1%} of {peak / 1e12:.0f}" if peak else "no known peak"
     return (
         f"{method}: {rate:,.0f} tokens/s, {median(row['seconds'] for row in metrics):.2f} s a step of "
-        f"{median(row['tokens'] for row in metrics):,.0f} tokens (mean length {dataset.input_lengths.mean():,.0f}), "
-        f"{achieved / 1e12:.1f} model TFLOP/s ({utilisation}), peak memory {metrics[-1]['peak_memory_gib']:.1f} GiB"
+        f"{median(row['tokens'] for row in metrics):,.0f} tokens, {dataset.input_lengths.mean():,.0f} a sequence, "
+        f"{achieved / 1e12:.1f} model TFLOP/s ({share}), peak memory {metrics[-1]['peak_memory_gib']:.1f} GiB"
     )
 
 

@@ -20,9 +20,9 @@ from redi.losses import token_logps  # noqa: E402
 from redi.model import CausalLM, ModelConfig  # noqa: E402
 
 SHAPE = {
-    "model_type": "qwen2", "vocab_size": 8_000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 32_768,
-    "tie_word_embeddings": True,
+    "model_type": "qwen2", "vocab_size": 8_000, "hidden_size": 256, "intermediate_size": 704,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "max_position_embeddings": 32_768, "tie_word_embeddings": True,
 }  # fmt: skip
 SEQUENCE = 512  # tokens; longer micro-batches hold more sequences, not longer ones
 LABELS, WIDTH = 8192, 64  # of the head whose memory is measured
@@ -30,8 +30,9 @@ CHUNK = 2048  # the default of token_logps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--largest", type=int, default=16_384, help="packed tokens of the largest micro-batch")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--largest", type=int, default=16_384, help="tokens of the largest micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--head", type=int, metavar="VOCABULARY", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -76,13 +77,13 @@ def cpu_seconds() -> float:
 
 
 def measure_memory() -> None:
-    print(f"{LABELS} labels, chunks of {CHUNK}; MB over what stands before the call, gradient of the head taken off")
+    print(f"{LABELS} labels, chunks of {CHUNK}; growth of the peak, gradient of the head taken off")
     for vocabulary in (16_000, 32_000, 64_000, 151_936):
         command = [sys.executable, __file__, "--head", str(vocabulary)]
         grown = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         chunk = CHUNK * vocabulary * 4 / 2**20
-        print(f"vocabulary {vocabulary:7}: {grown:6.0f} MB = {grown / chunk:.2f} chunks of logits; all logits would be "
-              f"{LABELS * vocabulary * 4 / 2**20:5.0f} MB")
+        print(f"vocabulary {vocabulary:7}: {grown:6.0f} MB = {grown / chunk:.2f} chunks of logits; "
+              f"all logits would be {LABELS * vocabulary * 4 / 2**20:5.0f} MB")
 
 
 def head_growth(vocabulary: int) -> float:

@@ -1,12 +1,13 @@
-"""CPU seconds and peak memory of training steps, ours beside TRL 1.16, on the same rows and the same random model.
+"""CPU seconds and peak memory of training steps, ours beside TRL 1.16, from the same rows and random model.
 
-    python tests/bench/training.py sft dpo simpo redi              one table row a method (redi beside TRL's SimPO)
+    python tests/bench/training.py sft dpo simpo redi         one table row a method (redi beside TRL's SimPO)
     python tests/bench/training.py simpo --shape wide-vocabulary
 
-Needs the packages of tests/requirements.txt. Each method runs two processes, one with train.py's own loop and one
-with TRL's trainer, that take optimiser steps in turn, so that both see the same state of a shared machine. Both
-load one model directory, read one text file whose words are token ids, form the same micro-batches (1 pair, or 2
-sequences for sft) without gradient checkpointing, and must agree on loss and gradient norm of the first step.
+Needs the packages of tests/requirements.txt. Each method runs two processes, one with train.py's own loop and
+one with TRL's trainer, that take optimiser steps in turn, so that both see the same state of a shared machine.
+Both load one model directory, read one text file whose words are token ids, form the same micro-batches (1 pair,
+or 2 sequences for sft) without gradient checkpointing, and must agree on loss and gradient norm of the first
+step.
 """
 
 import argparse
@@ -22,9 +23,13 @@ from statistics import median, quantiles
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["sft", "dpo", "simpo", "redi"]
 SHAPES = {
-    "standard": {"vocab_size": 32_000, "hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6},
-    "wide-vocabulary": {"vocab_size": 151_936, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4},
-}
+    "standard": {
+        "vocab_size": 32_000, "hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6,
+    },
+    "wide-vocabulary": {
+        "vocab_size": 151_936, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4,
+    },
+}  # fmt: skip
 MICRO_BATCH = {"sft": 2}  # examples; 1 pair otherwise
 BATCH_SIZE = {"sft": 16}  # examples; 8 pairs otherwise: the same 16 sequences
 # Targets: tokens per CPU second at least, and peak memory at most, times TRL's.
@@ -45,7 +50,8 @@ def main() -> None:
         run = {"prepare": prepare, "ours": run_ours, "trl": run_trl}[side]
         return run(Path(directory), args)
     print(f"shape {args.shape}, one thread, medians [quartiles] of {args.steps} steps after {args.warmup}")
-    print(f"{'method':8}{'tokens/CPU-s':>26}{'TRL':>24}{'ratio':>18}{'target':>8}{'MB':>8}{'TRL':>8}{'ratio':>7}{'target':>8}")
+    print(f"{'method':8}{'tokens/CPU-s':>26}{'TRL':>24}{'ratio':>18}{'target':>8}"
+          f"{'MB':>8}{'TRL':>8}{'ratio':>7}{'target':>8}")
     with tempfile.TemporaryDirectory() as directory:
         start_worker("prepare", directory, args, args.methods[0]).wait()
         for method in args.methods:
@@ -63,7 +69,7 @@ def compare(method: str, directory: str, args) -> str:
             line = worker.stdout.readline()
             if not line:
                 log = Path(directory, f"{side}.log").read_text()
-                sys.exit(f"{log[-2000:]}\nerror: the {side} process ended early with exit code {worker.wait()}")
+                sys.exit(f"{log[-2000:]}\nerror: the {side} process ended with exit code {worker.wait()}")
             reports[side].append(json.loads(line))
     for worker in workers.values():
         worker.stdin.close()
@@ -80,8 +86,8 @@ def compare(method: str, directory: str, args) -> str:
     memory = {side: rs[-1]["peak_mb"] for side, rs in reports.items()}
     faster, smaller = TARGETS[method]
     return (
-        f"{method:8}{spread(speeds['ours'], 0):>26}{spread(speeds['trl'], 0):>24}{spread(ratios, 2):>18}{faster:8}"
-        f"{memory['ours']:8.0f}{memory['trl']:8.0f}{memory['ours'] / memory['trl']:7.2f}{smaller:8}"
+        f"{method:8}{spread(speeds['ours'], 0):>26}{spread(speeds['trl'], 0):>24}{spread(ratios, 2):>18}"
+        f"{faster:8}{memory['ours']:8.0f}{memory['trl']:8.0f}{memory['ours'] / memory['trl']:7.2f}{smaller:8}"
     )
 
 
@@ -124,7 +130,8 @@ def write_model_directory(directory: Path, shape: dict, dtype) -> None:
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     words = special + [f"w{i}" for i in range(len(special), shape["vocab_size"])]
-    tokenizer = FastTokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=special[0]))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = FastTokenizer(models.WordLevel(vocabulary, unk_token=special[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(special)
     directory.mkdir()
@@ -154,7 +161,8 @@ def write_rows(directory: Path, lengths, prompts: tuple[int, int], vocab_size: i
 
     pairs, positives = [], []
     for row in lengths:
-        prompt, chosen, rejected = text(rng.integers(prompts[0], prompts[1] + 1)), *(" " + text(n) for n in row)
+        prompt = text(rng.integers(prompts[0], prompts[1] + 1))
+        chosen, rejected = (" " + text(length) for length in row)
         pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         positives += [{"prompt": prompt, "completion": response} for response in (chosen, rejected)]
     files = {"pairs": directory / "pairs.jsonl", "sft": directory / "sft.jsonl"}
@@ -242,16 +250,17 @@ def run_trl(directory: Path, args) -> None:
     trainer, options = trl_trainer(method)
     options = dict(
         output_dir=str(directory / f"trl-{method}"), per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=BATCH_SIZE.get(method, 8) // micro_batch, max_steps=args.warmup + args.steps,
-        learning_rate=1e-6, weight_decay=1e-4, max_grad_norm=1.0, gradient_checkpointing=False, bf16=False,
-        use_cpu=True, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, max_length=2048,
-        train_sampling_strategy="sequential", **options,
+        gradient_accumulation_steps=BATCH_SIZE.get(method, 8) // micro_batch,
+        max_steps=args.warmup + args.steps, learning_rate=1e-6, weight_decay=1e-4, max_grad_norm=1.0,
+        gradient_checkpointing=False, bf16=False, use_cpu=True, logging_steps=1, report_to="none",
+        save_strategy="no", disable_tqdm=True, max_length=2048, train_sampling_strategy="sequential", **options,
     )
     config = trainer.__init__.__annotations__["args"]
     config = next(kind for kind in config.__args__ if kind is not type(None))
     trainer(
         model=model, args=config(**options), train_dataset=Dataset.from_list(rows),
-        processing_class=PreTrainedTokenizerFast.from_pretrained(directory / "model"), callbacks=[InTurns()],
+        processing_class=PreTrainedTokenizerFast.from_pretrained(directory / "model"),
+        callbacks=[InTurns()],
     ).train()
 
 
