@@ -74,10 +74,10 @@ def compare(output: Path, seeds: list[int], jobs: int, methods: list[str]) -> No
         return print("\nfor the figures install matplotlib and run this again")
     sft = table["baselines"][0]
     plot.plot_sweep(table["rows"], output / "sweep.png", ("SFT", sft["accuracy"]))
-    runs = [output / "dynamics" / _slug(method) for method in DYNAMICS if method in methods]
+    runs = {method: output / "dynamics" / _slug(method) for method in DYNAMICS if method in methods}
     if runs:
-        results = plot.read_results([run / "sampled" / "results.json" for run in runs])
-        plot.plot_dynamics(runs, [run.name for run in runs], results, output / "dynamics.png")
+        results = plot.read_results([run / "sampled" / "results.json" for run in runs.values()])
+        plot.plot_dynamics(list(runs.values()), list(runs), results, output / "dynamics.png")
     print(f"\nwrote {output}/table.json and the figures beside it")
 
 
