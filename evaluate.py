@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         table = [row for model in models for row in evaluate(model, benchmarks, args, device, group)]
         if dist.get_rank() == 0:
             report(table, args.output)
-        dist.barrier(group)
+        wait_for_all(group)
     finally:
         torch.set_num_threads(threads)
         if joined_here:
@@ -144,9 +144,9 @@ def evaluate(model: Model, benchmarks: list[Benchmark], args, device: torch.devi
                 folder.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(locked(folder))
                 start_folder(folder, model.settings_on(benchmark), benchmark)
-        dist.barrier(group)
+        wait_for_all(group)
         draw_missing(model, benchmarks, args, device, group)
-        dist.barrier(group)
+        wait_for_all(group)
         if dist.get_rank() != 0:
             return []
         table = []
@@ -169,7 +169,7 @@ def draw_missing(model: Model, benchmarks: list[Benchmark], args, device: torch.
                 if (id, sample) not in done:
                     todo.append((benchmark, id, sample))
                     requests.append(Request(prompt_ids, sample_key(args.seed, id, sample), limit))
-    dist.barrier(group)  # nobody appends before everybody has read
+    wait_for_all(group)  # nobody appends before everybody has read
     if rank == 0 and any(request.max_new_tokens < args.max_new_tokens for request in requests):
         print(
             f"{model.name}: the context of {context} tokens ends some responses before --max-new-tokens "
@@ -289,6 +289,14 @@ def start_folder(folder: Path, settings: dict, benchmark: Benchmark) -> None:
     if found != settings:
         with write_atomically(folder / "settings.json") as file:
             json.dump(settings, file, indent=2)
+
+
+def wait_for_all(group) -> None:
+    """A barrier. Raises ValueError where another process has ended, which then has said why."""
+    try:
+        dist.barrier(group)
+    except RuntimeError:  # all that gloo has for a lost connection
+        raise ValueError("another process of this evaluation has ended") from None
 
 
 @contextlib.contextmanager

@@ -271,9 +271,11 @@ def _commit(path: Path, write) -> Path:
     run_where(writer, begin)
     try:
         write(partial)
-    except OSError:
+    except OSError as error:
         if writer:  # gives a full disk its space back
             shutil.rmtree(partial, ignore_errors=True)
+        if error.errno and error.filename is None:  # of a write, which does not say what was written
+            error.filename = str(path)
         raise
     run_where(writer, rename)
     return path

@@ -53,12 +53,23 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
 
 
 @contextlib.contextmanager
+def naming(path: str | Path):
+    """Put the path into an OSError that lacks it, as one of a write or fsync does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def write_atomically(path: str | Path):
     """A text file that appears under its name whole, when the block ends well, or not at all."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
+        with naming(path), open(partial, "w", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

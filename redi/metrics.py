@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from redi.data import read_jsonl, write_atomically
+from redi.data import naming, read_jsonl, write_atomically
 
 
 def pass_at_1(correct: np.ndarray) -> tuple[float, float | None]:
@@ -38,13 +38,13 @@ def json_line(row: dict) -> str:
 
 
 def append_row(path: str | Path, row: dict) -> None:
-    """Add one line to a JSONL file: the whole line, or (disk full: OSError) nothing of it."""
+    """Add one line to a JSONL file: the whole line, or (disk full: OSError naming it) nothing of it."""
     line = json_line(row).encode()
-    with open(path, "ab", buffering=0) as file:
+    with naming(path), open(path, "ab", buffering=0) as file:
         end = file.tell()
         if file.write(line) < len(line):
             file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def drop_partial_line(path: str | Path) -> None:
