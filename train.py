@@ -113,7 +113,8 @@ def train(args: argparse.Namespace) -> None:
         if collapsing and args.stop_on_collapse:
             raise ValueError(f"stopped after step {step + 1}, as --stop-on-collapse asks")
         if values["stopping"]:
-            say(f"stopped after step {step + 1} of {total_steps}: run the same command with --resume to continue")
+            how = "" if args.resume else " with --resume"
+            say(f"stopped after step {step + 1} of {total_steps}: run the same command{how} to continue")
             raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
         started = time.perf_counter()
 
@@ -598,3 +599,5 @@ if __name__ == "__main__":
         if distributed.local_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

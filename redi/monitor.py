@@ -2,7 +2,7 @@
 
 Pushing rejected responses away also lowers the chosen ones, a little where it works, without end where it
 collapses (paper, Section 4). The chosen LogPS (log-prob per token) tells the two apart. In the embedded
-example, over seeds 10 to 14, α = 0.8 at its default rate of 1.5e-4 loses at most 1.05 nats, and the symmetric
+example, over seeds 10 to 14, α = 0.8 at a rate of 1.5e-4 loses at most 1.05 nats, and the symmetric
 objective at 3e-4, which collapses, 5.3 to 8.1. So the rule is: the mean of the last WINDOW steps more than
 `threshold` nats below the first step. At the default of 1.5 nats the correct tokens' (geometric mean) probability
 is 4.5 times smaller than it was; the collapsing runs get there between step 48 and 68 of 150.

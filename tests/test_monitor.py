@@ -1,4 +1,4 @@
-"""The collapse monitor on made-up curves; tests/test_toy.py holds it to runs of the embedded example."""
+"""The collapse monitor on made-up curves; a slow test in test_toy.py holds it to real runs."""
 
 import json
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from redi import compare, toy
+from redi import compare, monitor, toy
 from redi.checkpoint import load_pretrained
 from redi.tokenizer import Tokenizer
 
@@ -128,7 +128,7 @@ def test_model_directory_loads_and_is_a_function_of_the_seed(example, tmp_path):
 SMALL = """
 import sys
 from pathlib import Path
-from redi import compare, toy
+from redi import compare, monitor, toy
 toy.TRAIN_PROBLEMS, toy.TEST_PROBLEMS, toy.MAX_NEW_TOKENS = 60, 5, 12
 for name, steps in (("sft", "4"), ("sft-continued", "2"), ("redi", "2")):
     toy.STAGES[name] += ["--steps", steps]
@@ -222,3 +222,12 @@ def test_negatives_help_on_a_seed_of_ones_own(seed, tmp_path):
     for folder, least in (("sampled", 0.05), ("greedy", 0.1)):
         results = toy.results_by_model(tmp_path / folder)
         assert results["redi-final"]["pass@1"] > results["sft-continued-final"]["pass@1"] + least
+    # The collapse monitor stays silent on the example's REDI, and reports the symmetric objective at twice its rate.
+    import train
+
+    train.main(["redi", "--alpha", "1", "--lr", "3e-4", "--steps", "150", "--batch-size", "16", "--model",
+                str(tmp_path / "sft/final"), "--data", str(tmp_path / "data/pairs.jsonl"), "--output",
+                str(tmp_path / "symmetric"), "--seed", str(seed), "--no-gradient-checkpointing"])  # fmt: skip
+    for run, collapses in (("redi", False), ("symmetric", True)):
+        history, rows = monitor.new_history(), toy.read_rows(tmp_path / run / "metrics.jsonl")
+        assert any([monitor.watch(history, row, 1.5) for row in rows]) == collapses, run
