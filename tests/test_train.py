@@ -380,7 +380,7 @@ def test_stopped_and_resumed_in_one_process_is_the_uninterrupted_run(place, tmp_
         with train_jobs.signal_at(step), pytest.raises(SystemExit) as stopped:
             train.main(run)
         assert stopped.value.code == 143
-        assert f"stopped after step {step} of 6: run the same command with --resume" in capsys.readouterr().out
+        assert f"stopped after step {step} of 6: run the same command to continue" in capsys.readouterr().out
         assert len(metrics(tmp_path / "run")) == step
     train.main(run)
     assert same_run(place / "one" / "redi", tmp_path / "run")
