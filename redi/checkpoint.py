@@ -107,8 +107,8 @@ def _weight_slices(model: CausalLM, directory: Path) -> dict:
             raise ValueError(f"{index}: expected an object 'weight_map' from tensor names to file names")
         files = set(weight_map.values())
         for name in files:
-            if Path(name).name != name or name in ("", ".."):
-                raise ValueError(f"{index}: the file name {name!r} points outside the directory")
+            if Path(name).name != name or name in ("", "..") or not name.isprintable():
+                raise ValueError(f"{index}: the file name {name!r} points outside the directory, or is none")
     else:
         raise ValueError(f"{directory} holds no weights (neither model.safetensors nor {index.name})")
     expected = dict(model.named_parameters())

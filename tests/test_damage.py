@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import evaluate
 from redi import checkpoint, data
-from redi.metrics import MetricsLog
+from redi.metrics import MetricsLog, append_row
 from redi.tokenizer import Tokenizer
 from tests import tiny
 
@@ -129,7 +129,41 @@ def test_damaged_samples_are_named(evaluated, changes, message):
 def test_a_score_in_the_file_is_not_believed(evaluated):
     path = run_again(evaluated)
     whole = path.read_bytes()
-    path.write_bytes(whole.replace(b'"correct": false', b'"correct": true').replace(b'"answer": null', b'"answer": "1"'))
+    path.write_bytes(
+        whole.replace(b'"correct": false', b'"correct": true').replace(b'"answer": null', b'"answer": "1"')
+    )
     assert path.read_bytes() != whole
     assert run_again(evaluated).read_bytes() == whole
     assert json.loads((evaluated / "out" / "results.json").read_text())["results"][0]["pass@1"] == 0
+
+
+# Messages
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        append_row("/dev/full", {"step": 1})
+    with pytest.raises(OSError, match="No space left on device: '.*results.json'"):
+        with data.write_atomically(tmp_path / "results.json") as file:
+            with open("/dev/full", "w", buffering=1) as full:
+                full.write("a line\n")
+            file.write("{}")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_process_that_waits_for_a_dead_one_says_so(monkeypatch):
+    def lost(group):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(evaluate.dist, "barrier", lost)
+    with pytest.raises(ValueError, match="another process of this evaluation has ended"):
+        evaluate.wait_for_all(None)
+
+
+def test_odd_end_of_text_ids_are_passed_over(tmp_path):
+    tiny.write_tokenizer(tmp_path)
+    plain = Tokenizer.from_pretrained(tmp_path).stop_ids
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [-1, 2**80, True, 1.5, None, "2", 10**6]})
+    )
+    assert Tokenizer.from_pretrained(tmp_path).stop_ids == plain

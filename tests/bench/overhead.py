@@ -37,7 +37,7 @@ SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=8, help="in a step")
-    parser.add_argument("--tokens", type=int, default=300, help="of a response; 8 pairs of 300 are a 70th of a step of the paper")
+    parser.add_argument("--tokens", type=int, default=300, help="of a response")
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=9, help="counted steps of each side")
     parser.add_argument("--save-every", type=int, default=200)
