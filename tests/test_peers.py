@@ -354,7 +354,6 @@ def copied_step(directory: Path, monkeypatch):
     directory.mkdir()
     shutil.copy(ROOT / "redi" / "losses.py", directory)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    blocks.append((ROOT / "tests" / "copy_losses_example.py").read_text())
     code = next(block for block in blocks if "def redi_step(" in block)
     (directory / "step.py").write_text(code)
     monkeypatch.syspath_prepend(str(directory))
