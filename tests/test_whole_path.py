@@ -45,7 +45,7 @@ def test_traces_to_table_by_the_command_line(shared_data, tmp_path):
     command("evaluate.py", "--model", *models, "--problems", shared_data / "benchmarks" / "math500.jsonl", "--limit", 20,
             "--samples", 2, "--max-new-tokens", 16, "--output", tmp_path / "eval")  # fmt: skip
     results = json.loads((tmp_path / "eval" / "results.json").read_text())["results"]
-    assert [(row["model"], row["problems"]) for row in results] == [(f"{m.parent.name}-final", 20) for m in models]
+    assert {(row["model"], row["problems"]) for row in results} == {(f"{m.parent.name}-final", 20) for m in models}
     for model in models:
         samples = rows(tmp_path / "eval" / f"{model.parent.name}-final" / "math500" / "samples.jsonl")
         assert len({(row["id"], row["sample"]) for row in samples}) == len(samples) == 40
