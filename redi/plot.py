@@ -137,7 +137,7 @@ def plot_sweep(rows: list[dict], path: str | Path, baseline: tuple[str, float] |
     path: PNG or SVG; baseline: (label, accuracy) of a model that the methods began from, as a dashed line.
     """
     path = Path(path)
-    figure, axes = _subplots(path, 1, 1, (6.4, 4.2))
+    figure, axes = _subplots(path, 1, 1, (6.4, 4.6))
     for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         ours = sorted((row for row in rows if row["method"] == method), key=lambda row: row["lr"])
         axes.errorbar(
@@ -154,7 +154,7 @@ def plot_sweep(rows: list[dict], path: str | Path, baseline: tuple[str, float] |
     axes.minorticks_off()
     axes.set_xlabel("peak learning rate")
     axes.set_title("Accuracy (pass@1, %)")
-    figure.legend(loc="outside upper center", ncols=5, fontsize=10)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=10)
     _save(figure, path)
 
 
