@@ -7,7 +7,6 @@ head h reads key/value head h // (H / K). Scores are scaled by 1 / sqrt(D).
 
 import functools
 import inspect
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +27,11 @@ def packed_attention(
 
 def _loop_attention(q, k, v, cu_seqlens):
     """One dense causal call a sequence: no padding, no block mask, nothing quadratic in T."""
+    lengths = cu_seqlens.diff().tolist()
     outputs = []
-    for start, end in pairwise(cu_seqlens.tolist()):
-        q_i, k_i, v_i = (x[None, start:end].transpose(1, 2) for x in (q, k, v))  # (1, heads, L, D)
+    # Split, not sliced: backward of a slice fills a tensor of all T tokens, for every sequence.
+    for sequence in zip(*(x.split(lengths) for x in (q, k, v))):
+        q_i, k_i, v_i = (x[None].transpose(1, 2) for x in sequence)  # (1, heads, L, D)
         out = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out.transpose(1, 2)[0])  # (L, H, D)
     return torch.cat(outputs)

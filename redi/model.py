@@ -229,8 +229,30 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Computes in fp32 and rounds once, whatever the dtype of x.
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        # Both compute in fp32 and round once, whatever the dtype of x.
+        if x.is_cuda:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """F.rms_norm, which on CUDA is one kernel but on a CPU a chain of operations that keeps two more tensors of
+    x's size for backward: a ninth of a layer's activations."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = grad * weight.float()
+        along = (grad * normed).mean(-1, keepdim=True)
+        return grad.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
 
 
 class Attention(nn.Module):
@@ -370,7 +392,9 @@ class CausalLM(nn.Module):
         """
         attend = partial(_attend_packed, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         hidden = self.hidden(input_ids, position_ids, attend)
-        return token_logps(hidden, self.head_weight, labels, positions=label_positions)
+        # On CUDA each chunk costs one more pass over the fp32 gradient of the head; on a CPU it costs memory only.
+        chunk_size = 2048 if hidden.is_cuda else 1024
+        return token_logps(hidden, self.head_weight, labels, chunk_size, label_positions)
 
 
 def _attend_packed(layer, q, k, v, cu_seqlens, max_seqlen):

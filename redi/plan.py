@@ -28,7 +28,7 @@ def training_flops(config: ModelConfig, lengths, labels, recompute: bool) -> np.
     Layers, forward: 2 a token and parameter in matrix products, and for causal attention over S tokens
     2 x layers x heads x head size x S². Backward is twice that; with `recompute` the forward comes again, but
     for the last product of each layer, which no gradient needs. Head: predicted positions only, and 8 a
-    parameter, since its logits are always computed again.
+    parameter, since its logits are computed again (but for a micro-batch's last chunk, which is not counted off).
     """
     head = config.matmul_parameters()[1]
     layers_forward = forward_flops(config, lengths, 0)

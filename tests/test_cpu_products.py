@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from redi.losses import fp32_product, token_logps, uses_onednn
-from redi.model import MLP, Linear, ModelConfig
+from redi.model import MLP, Linear, ModelConfig, RMSNorm
 from tests import tiny
 
 
 def gradients(function, *inputs):
     inputs = [x.clone().requires_grad_() for x in inputs]
     out = function(*inputs)
-    upstream = torch.sin(torch.arange(out.numel(), dtype=torch.float32)).view_as(out)
+    upstream = torch.sin(torch.arange(out.numel(), dtype=torch.float32)).to(out.dtype).view_as(out)
     return out, *torch.autograd.grad(out, inputs, upstream)
 
 
@@ -46,6 +46,23 @@ def test_only_large_fp32_products_on_a_cpu_go_to_onednn():
     assert uses_onednn(a, b) == torch.backends.mkldnn.is_available()
     assert not uses_onednn(a[:255], b)
     assert not uses_onednn(a.bfloat16(), b.bfloat16()) and not uses_onednn(a.to("meta"), b.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(47, 13), (47, 3, 8), (1, 13), (0, 13)])
+def test_rms_norm(shape, dtype):
+    norm = RMSNorm(shape[-1], 1e-6)
+    inputs = (3 * random(*shape)).to(dtype), (1 + random(shape[-1], seed=1)).to(dtype)
+
+    def ours(x, weight):
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    def naive(x, weight):
+        return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+    for found, expected in zip(gradients(ours, *inputs), gradients(naive, *inputs)):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected)
 
 
 def test_mlp():
