@@ -237,7 +237,7 @@ class RMSNorm(nn.Module):
 
 class _RMSNorm(torch.autograd.Function):
     """F.rms_norm, which on CUDA is one kernel but on a CPU a chain of operations that keeps two more tensors of
-    x's size for backward: a ninth of a layer's activations."""
+    x's size for backward: 13 % of what the layers keep (25M parameters)."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
