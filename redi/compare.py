@@ -33,14 +33,14 @@ from redi.toy import (
 LEARNING_RATES = ["3e-5", "7e-5", "1.5e-4", "3e-4", "6e-4"]
 METHODS = {
     "SFT continued": ["sft"],
+    "SFT on everything": ["sft"],
     "REDI, alpha 0.8": ["redi", "--alpha", "0.8"],
+    "REDI, alpha 0.5": ["redi", "--alpha", "0.5"],
+    "REDI, alpha 0.2": ["redi", "--alpha", "0.2"],
     "symmetric (alpha 1)": ["redi", "--alpha", "1"],
     "DPO, beta 0.1": ["dpo", "--beta", "0.1"],
     "DPO, beta 0.01": ["dpo", "--beta", "0.01"],
     "SimPO, beta 2": ["simpo", "--beta", "2", "--gamma", "1"],
-    "REDI, alpha 0.5": ["redi", "--alpha", "0.5"],
-    "REDI, alpha 0.2": ["redi", "--alpha", "0.2"],
-    "SFT on everything": ["sft"],
 }
 DYNAMICS = ["REDI, alpha 0.8", "symmetric (alpha 1)", "DPO, beta 0.1"]  # drawn step by step, for the first seed
 DYNAMICS_LR = "3e-4"

@@ -144,6 +144,7 @@ def plot_sweep(rows: list[dict], path: str | Path, baseline: tuple[str, float] |
             [row["lr"] for row in ours], [100 * row["accuracy"] for row in ours],
             [100 * (row["sem"] or 0.0) for row in ours], label=method, color=_color(i), linewidth=1.7,
             marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=3, elinewidth=1,
+            linestyle=LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)],
         )
     if baseline:
         label, value = baseline
