@@ -29,7 +29,8 @@ def _loop_attention(q, k, v, cu_seqlens):
     """One dense causal call a sequence: no padding, no block mask, nothing quadratic in T."""
     lengths = cu_seqlens.diff().tolist()
     outputs = []
-    # Split, not sliced: backward of a slice fills a tensor of all T tokens, for every sequence.
+    # Split, not sliced: backward of a slice fills a tensor of all T tokens, for every sequence. Saves 6 % of a
+    # step with 32 sequences of 512 tokens.
     for sequence in zip(*(x.split(lengths) for x in (q, k, v))):
         q_i, k_i, v_i = (x[None].transpose(1, 2) for x in sequence)  # (1, heads, L, D)
         out = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
