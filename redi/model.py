@@ -392,8 +392,8 @@ class CausalLM(nn.Module):
         """
         attend = partial(_attend_packed, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         hidden = self.hidden(input_ids, position_ids, attend)
-        # On CUDA each chunk costs one more pass over the fp32 gradient of the head; on a CPU it costs memory only.
-        chunk_size = 2048 if hidden.is_cuda else 1024
+        # 128 MB of logits on a CPU. On CUDA each chunk costs one more pass over the fp32 gradient of the head.
+        chunk_size = 2048 if hidden.is_cuda else max(64, 2**25 // self.config.vocab_size)
         return token_logps(hidden, self.head_weight, labels, chunk_size, label_positions)
 
 

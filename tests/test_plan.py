@@ -175,13 +175,11 @@ def test_memory_of_the_papers_model_adds_up():
         ("qwen2", 5, 1000, 1000, True),
         ("qwen2", 5, 1000, 1000, False),
         ("qwen3", 5, 1000, 1000, False),
-        ("qwen2", 1, 10000, 4096, True),  # four chunks of logits
+        ("qwen2", 1, 10000, 4096, True),  # two chunks of logits
     ],
 )
-def test_memory_of_the_model_against_torchs_count(monkeypatch, model_type, layers, vocab_size, tokens, recompute):
-    """Forward and backward without FSDP and AdamW, whose tensors are left out of the plan; in fp32 on a CPU,
-    where chunks of logits are smaller than on the GPU that the plan is for."""
-    monkeypatch.setattr(plan, "LOGIT_ROWS", 1024)
+def test_memory_of_the_model_against_torchs_count(model_type, layers, vocab_size, tokens, recompute):
+    """Forward and backward without FSDP and AdamW, whose tensors are left out of the plan; in fp32 on a CPU."""
     shape = {**tiny.QWEN2, "hidden_size": 128, "intermediate_size": 704, "num_attention_heads": 4, "head_dim": 32}
     changes = {"model_type": model_type, "num_hidden_layers": layers, "vocab_size": vocab_size}
     config = ModelConfig.from_dict({**shape, **changes})
