@@ -152,7 +152,7 @@ def _assistant(text: str) -> list[dict]:
 
 
 def write_model(directory: str | Path, seed: int) -> None:
-    """Write a model directory with the example's tokenizer and random weights drawn from `seed`."""
+    """Write a model directory with the example's tokenizer and random weights drawn from `seed`. Every rank calls."""
     with tempfile.TemporaryDirectory() as temporary:
         write_tokenizer(temporary)
         tokenizer = Tokenizer.from_pretrained(temporary)
@@ -205,7 +205,7 @@ def run_example(output: str | Path = "out/example", seed: int = 0) -> None:
     data = output / "data"
     torch.set_num_threads(1)  # products this small gain nothing from more, and lose much on a busy machine
     distributed.init_process_group()
-    distributed.run_where(distributed.rank() == 0, lambda: prepare(output, seed))
+    prepare(output, seed)
     _say(_introduction(data))
     for number, (name, arguments) in enumerate(STAGES.items(), 1):
         _say(f"\n{number} of 4. {TITLES[name]}")
@@ -221,10 +221,12 @@ def run_example(output: str | Path = "out/example", seed: int = 0) -> None:
 
 
 def prepare(output: Path, seed: int) -> None:
-    if not (output / "data" / "problems.jsonl").exists():  # the file written last
-        write_data(output / "data", seed)
-    if not (output / "start" / "generation_config.json").exists():  # likewise
-        write_model(output / "start", seed)
+    """Write what is not there yet of the data and the model to start from. Every rank calls."""
+    data, start = output / "data", output / "start"
+    missing = distributed.rank() == 0 and not (data / "problems.jsonl").exists()  # the file written last
+    distributed.run_where(missing, lambda: write_data(data, seed))
+    if not distributed.gather((start / "generation_config.json").exists())[0]:  # likewise; as rank 0 sees it
+        write_model(start, seed)
 
 
 def train_stage(arguments: list[str], start: Path, rows: Path, output: Path, seed: int) -> None:

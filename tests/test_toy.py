@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,19 @@ try:
 except ValueError as error:
     sys.exit(f"error: {error}")""", tmp_path)
     assert other.returncode == 1 and "--seed 5" in other.stderr
+
+
+def test_example_runs_with_two_processes_from_nothing(tmp_path):
+    """Rank 0 makes the data, all make the model: the same number of collectives on both."""
+    (tmp_path / "example.py").write_text(SMALL + "toy.run_example('out', seed=5)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "example.py"]
+    run = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                         capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^REDI  .*±.*%.*%", run.stdout, re.MULTILINE) and "terminate called" not in run.stderr
 
 
 def test_comparison_measures_a_method_at_every_learning_rate(tmp_path):
