@@ -438,6 +438,8 @@ def report(table: list[dict], output: str | None) -> None:
     kept = read_json(path).get("results", []) if path.exists() else []
     fresh = {(row["benchmark"], row["model"]) for row in table}
     rows = table + [row for row in kept if (row["benchmark"], row["model"]) not in fresh]
+    for leftover in path.parent.glob(f"{path.name}.partial-*"):  # of a run killed just here
+        leftover.unlink()
     with write_atomically(path) as file:
         json.dump({"results": sorted(rows, key=lambda row: (row["benchmark"], row["model"]))}, file, indent=2)
 

@@ -141,6 +141,7 @@ def test_two_runs_do_not_write_to_one_folder(model, problems, tmp_path, monkeypa
 def test_a_rerun_draws_nothing_and_changes_no_byte(model, problems, tmp_path, monkeypatch):
     run(model, problems, tmp_path / "out")
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    (tmp_path / "out" / "results.json.partial-77").write_bytes(b"{")  # of a run killed while it wrote the table
     monkeypatch.setattr(evaluate, "load_pretrained", None)
     run(model, problems, tmp_path / "out")
     assert files == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
