@@ -43,8 +43,8 @@ def _leave() -> None:
     """Before the interpreter shuts down, let Gloo's threads have it once more: they free the tensors of the last
     collective, and coming too late for that aborted one finished run in seven. After an unexpected error other
     ranks may be in the middle of something, which NCCL would await."""
-    time.sleep(0.1)
     if dist.is_initialized() and not hasattr(sys, "last_type"):
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 

@@ -27,7 +27,6 @@ import resource
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -176,7 +175,7 @@ class Running:
     def __init__(self, job: Job, place: Path, again: bool = False, hooks: dict | None = None):
         self.logs = place.parent  # not in the place, whose disk may be full
         words = job.words.split() + (job.again.split() if again else [])
-        port = free_port() if job.ranks > 1 else 0
+        port = tiny.free_port() if job.ranks > 1 else 0
         self.started, self.codes, self.gib, self.late = time.monotonic(), {}, 0.0, False
         sys.stdout.flush(), sys.stderr.flush()
         self.pids = []
@@ -283,12 +282,6 @@ class FileOperations:
         self.inside = True
         self.hook(self.count)
         self.inside = False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # What a run leaves, and how it compares with the undisturbed one

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import prepare_data
 from redi import compare, monitor, toy
 from redi.checkpoint import load_pretrained
 from redi.tokenizer import Tokenizer
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -129,7 +129,7 @@ def test_model_directory_loads_and_is_a_function_of_the_seed(example, tmp_path):
 SMALL = """
 import sys
 from pathlib import Path
-from redi import compare, monitor, toy
+from redi import compare, toy
 toy.TRAIN_PROBLEMS, toy.TEST_PROBLEMS, toy.MAX_NEW_TOKENS = 60, 5, 12
 for name, steps in (("sft", "4"), ("sft-continued", "2"), ("redi", "2")):
     toy.STAGES[name] += ["--steps", steps]
@@ -173,10 +173,8 @@ except ValueError as error:
 def test_example_runs_with_two_processes_from_nothing(tmp_path):
     """Rank 0 makes the data, all make the model: the same number of collectives on both."""
     (tmp_path / "example.py").write_text(SMALL + "toy.run_example('out', seed=5)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "example.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+               str(tiny.free_port()), "example.py"]
     run = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                          capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr

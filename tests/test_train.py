@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -102,14 +101,8 @@ def environment():
 
 def torchrun(processes, *words, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-               "--master-port", str(free_port()), *map(str, words)]
+               "--master-port", str(tiny.free_port()), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), **options)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def cut_back(run, copy, step):
@@ -472,7 +465,7 @@ def test_killed_command_resumes_bitwise(place, long_run, tmp_path):
 
 def test_sigterm_to_torchrun_saves_and_one_process_goes_on(place, long_run, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-               str(free_port()), str(ROOT / "train.py"), *arguments(place, "redi", tmp_path / "run", **LONG)]
+               str(tiny.free_port()), str(ROOT / "train.py"), *arguments(place, "redi", tmp_path / "run", **LONG)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3, process)
     process.send_signal(signal.SIGTERM)
@@ -490,7 +483,7 @@ def test_a_killed_worker_of_two_is_restarted_by_torchrun_and_nothing_changes(pla
     whole = torchrun(2, ROOT / "train.py", *arguments(place, "redi", tmp_path / "whole", **LONG))
     assert whole.returncode == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
-               "--master-port", str(free_port()), str(ROOT / "train.py"),
+               "--master-port", str(tiny.free_port()), str(ROOT / "train.py"),
                *arguments(place, "redi", tmp_path / "run", **LONG)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 10, process)

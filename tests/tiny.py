@@ -1,6 +1,7 @@
-"""Small real model directories for tests: a BPE tokenizer trained on a few texts, and a random decoder."""
+"""Small real model directories for tests: a BPE tokenizer trained on a few texts, and a random decoder; a free port."""
 
 import json
+import socket
 from pathlib import Path
 
 import torch
@@ -71,3 +72,10 @@ def write_rows(directory: Path, examples: int = 24, seed: int = 0) -> None:
             row = {"prompt": prompt, "id": f"row-{i}", "source": "test"}
             positives.write(json.dumps({**row, "completion": answer(a + b, n)}) + "\n")
             pairs.write(json.dumps({**row, "chosen": answer(a + b, n), "rejected": answer(a + b + 1, m)}) + "\n")
+
+
+def free_port() -> int:
+    """For torchrun's --master-port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
