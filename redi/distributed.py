@@ -1,10 +1,6 @@
 """The process group, FSDP2 sharding, and what ranks tell each other. Without a process group there is one rank."""
 
-import atexit
 import os
-import sys
-import threading
-import time
 from collections.abc import Callable
 
 import torch
@@ -13,7 +9,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
 
+from redi import torchrun
 from redi.model import CausalLM
 
 
@@ -26,42 +24,8 @@ def init_process_group() -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            _end_with_torchrun()
-            store, index, size = next(dist.rendezvous("env://"))
-            # torchrun keeps one store over its restarts: new workers would find the addresses of dead ones in it.
-            attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group(backend, store=attempt, rank=index, world_size=size)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(_leave)
+        torchrun.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
-
-
-def _leave() -> None:
-    """Before the interpreter shuts down, let Gloo's threads have it once more: they free the tensors of the last
-    collective, and coming too late for that aborted one finished run in seven. After an unexpected error other
-    ranks may be in the middle of something, which NCCL would await."""
-    if dist.is_initialized() and not hasattr(sys, "last_type"):
-        time.sleep(0.1)
-        dist.destroy_process_group()
-
-
-def _end_with_torchrun() -> None:
-    """A torchrun killed with -9 leaves its processes running: they would go on for hours beside the next run."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    parent, main = os.getppid(), threading.main_thread()
-
-    def watch():
-        while main.is_alive():
-            main.join(0.5)
-            if os.getppid() != parent:
-                os._exit(1)
-
-    # Ends with the main thread. A daemon could still wake up while the interpreter shuts down, and abort the process.
-    threading.Thread(target=watch).start()
 
 
 def shard(model: CausalLM, compute_dtype: torch.dtype) -> None:
@@ -81,16 +45,25 @@ def shard(model: CausalLM, compute_dtype: torch.dtype) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def clip_grad_norm(model: CausalLM, max_norm: float) -> torch.Tensor:
-    """Scale the gradients down to a global norm of max_norm. Returns the norm before, a scalar on the device."""
-    norm = clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
 def reshard(model: CausalLM) -> None:
     """Let go of parameters that a forward without backward has left gathered: the root's."""
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor: the tensor itself where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with all ranks' parts of it, a collective where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_grad_norm(model: CausalLM, max_norm: float) -> torch.Tensor:
+    """Scale the gradients down to a global norm of max_norm. Returns the norm before, a scalar on the device."""
+    return whole(clip_grad_norm_(model.parameters(), max_norm))
 
 
 def rank() -> int:
@@ -106,11 +79,37 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def say(text: str) -> None:
+    """Print a line once, not on every rank, and above a progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def hide_bar() -> bool | None:
+    """For tqdm's `disable`: one rank shows a bar, and only on a terminal."""
+    return None if rank() == 0 else True
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum, in place, the same on every rank."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def sums_by_name(terms: dict[str, torch.Tensor], **common: torch.Tensor) -> dict[str, float]:
+    """Bring scalars on the device to the host: `terms` summed over ranks, `common` as they are, the same on all.
+
+    One collective, and one wait for the device.
+    """
+    sums = sum_over_ranks(torch.stack(list(terms.values())))
+    values = torch.cat([sums, *(value[None] for value in common.values())])
+    return dict(zip([*terms, *common], values.tolist()))
+
+
+def any_rank(condition: bool) -> bool:
+    """Whether the condition holds on some rank. Does not wait for the device."""
+    return bool(sum_over_ranks(torch.tensor(int(condition))))
 
 
 def gather(value) -> list:

@@ -8,19 +8,17 @@ prompts one at a time, and attention row by row. On CUDA the shapes depend on `r
 so samples are equal to the extent that kernels round equally.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from redi.attention import cached_attention, packed_attention
+from redi.sampling import sample
 
 DECODE_TILE = 16  # tokens that one call of the model decodes on CPU
 CACHE_BLOCK = 1024  # slots; the cache grows in whole blocks
-MASS_BLOCK = 128  # tokens of the vocabulary whose probabilities are summed together
 
 
 @dataclass
@@ -28,7 +26,7 @@ class Request:
     """One sample to draw. Neighbours with the same prompt share one pass of the model over it."""
 
     prompt_ids: list[int]
-    key: int  # from `sample_key`
+    key: int  # from `redi.sampling.sample_key`
     max_new_tokens: int
 
 
@@ -52,12 +50,14 @@ def generate(
     temperature: float = 0.6,
     top_p: float = 0.95,
     rows: int = DECODE_TILE,
+    on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Iterator[tuple[int, list[int], str]]:
     """Draw one sample a request; yield (index of the request, sampled ids, finish reason) as samples finish.
 
     The ids include the stop id that ended the sample (reason "stop"); reason "length" means that
     max_new_tokens ids came without one. Temperature 0 is greedy. At most `rows` requests are decoded at a
-    time; they are taken from the iterable as rows become free.
+    time; they are taken from the iterable as rows become free. `on_tokens` is told of each pass of the model
+    how many ids it gave: the first sample may take an hour to finish.
     Raises ValueError when the logits are not finite.
     """
     stop_ids, requests = frozenset(stop_ids), enumerate(requests)
@@ -71,6 +71,7 @@ def generate(
                 prompt_ids = row.request.prompt_ids
                 prompt, prompt_logits = _prefill(model, prompt_ids)
             row.ids += sample(prompt_logits, [row.request.key], [len(prompt_ids)], temperature, top_p)
+            on_tokens(1)
             if reason := _finish_reason(row, stop_ids):
                 yield row.index, row.ids, reason
                 continue
@@ -87,6 +88,7 @@ def generate(
         keys = [row.request.key for row in active]
         for row, token in zip(active, sample(logits, keys, next_positions, temperature, top_p)):
             row.ids.append(token)
+        on_tokens(len(active))
         for i in reversed(range(len(active))):
             if reason := _finish_reason(active[i], stop_ids):
                 yield active[i].index, active[i].ids, reason
@@ -108,12 +110,12 @@ def _prefill(model, prompt_ids: list[int]):
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
     by_layer = []
 
-    def attend(layer, q, k, v):
+    def attend(q, k, v):
         by_layer.append((k.transpose(0, 1), v.transpose(0, 1)))
         return packed_attention(q, k, v, cu_seqlens, length)
 
     input_ids = torch.tensor(prompt_ids, device=device)
-    hidden = model.hidden(input_ids, torch.arange(length, device=device), attend)
+    hidden = model.hidden(input_ids, torch.arange(length, device=device), [attend] * model.config.num_hidden_layers)
     return by_layer, model.logits(hidden[-1:])
 
 
@@ -177,13 +179,14 @@ class KVCache:
     def _step(self, start: int, input_ids: torch.Tensor, position_ids: torch.Tensor, span: int | None = None):
         """input_ids, position_ids (width,) of the rows from `start` on, with `span` slots -> (width, V)."""
 
-        def attend(layer, q, k, v):
-            keys, values = (tensor[start : start + self.width, :, :span] for tensor in self.layers[layer])
+        def attend(keys, values, q, k, v):
             keys[self.row_ids, :, position_ids] = k
             values[self.row_ids, :, position_ids] = v
             return cached_attention(q, keys, values, position_ids + 1)
 
-        return self.model.logits(self.model.hidden(input_ids, position_ids, attend))
+        rows = slice(start, start + self.width)
+        attends = [partial(attend, keys[rows, :, :span], values[rows, :, :span]) for keys, values in self.layers]
+        return self.model.logits(self.model.hidden(input_ids, position_ids, attends))
 
     def _replay(self, input_ids: torch.Tensor, position_ids: torch.Tensor, length: int) -> torch.Tensor:
         """_step for all rows as one CUDA graph for each number of blocks that the longest row fills:
@@ -201,89 +204,3 @@ class KVCache:
         inputs[1].copy_(position_ids)
         graph.replay()
         return logits
-
-
-def sample(
-    logits: torch.Tensor, keys: list[int], positions: list[int], temperature: float, top_p: float
-) -> list[int]:
-    """One token a row from logits (N, V): temperature, then fp32 softmax, then top-p.
-
-    Top-p keeps the tokens for which the mass of all likelier tokens is below `top_p`. Drawing needs neither a
-    sort nor the kept set: a token is drawn from all and tested against that definition; if it fails, so does
-    every token that is no likelier, and the next draw is from the rest. 1 / top_p draws on average, or fewer.
-    The result is distributed as top-p says, since every set drawn from contains the kept one. Temperature 0
-    takes the likeliest token.
-    Raises ValueError when logits are not finite (-inf is allowed: a token of no probability).
-    """
-    scaled = logits / temperature if temperature else logits
-    if not scaled.amax(-1).isfinite().all():
-        raise ValueError("the model's logits are not finite")
-    if temperature == 0:
-        return logits.argmax(-1).tolist()
-    probs = torch.softmax(scaled, dim=-1)
-    if padding := -probs.shape[1] % MASS_BLOCK:
-        probs = F.pad(probs, (0, padding))
-    candidates, tokens, pending = probs, [0] * len(keys), list(range(len(keys)))
-    limits = top_p * _masses(probs).sum(-1, keepdim=True)
-    for attempt in count():
-        noise = [uniform(keys[i], positions[i], attempt) for i in pending]
-        drawn = _draw(candidates, torch.tensor(noise, dtype=torch.float64, device=probs.device)[:, None])
-        accepted = in_nucleus(probs, drawn, limits)[:, 0].tolist()
-        for i, token, done in zip(pending, drawn[:, 0].tolist(), accepted):
-            if done:
-                tokens[i] = token
-        retry = [i for i, done in enumerate(accepted) if not done]
-        if not retry:
-            return tokens
-        pending = [pending[i] for i in retry]
-        probs, limits, drawn = probs[retry], limits[retry], drawn[retry]
-        candidates = _likelier(probs, drawn)
-
-
-def _draw(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """For weights (N, V) and noise (N, 1) fp64 in [0, 1): the first token at which the running sum of the
-    weights exceeds that share of their total, (N, 1). First the block, then the place in it: a running sum
-    over the whole vocabulary is sequential, and took 50 times as long on CPU."""
-    masses = _masses(weights)
-    ends = masses.cumsum(-1)
-    target = noise * ends[:, -1:]
-    block = torch.searchsorted(ends, target, right=True)  # (N, 1)
-    rows = torch.arange(len(weights), device=weights.device)
-    within = weights.view(*masses.shape, MASS_BLOCK)[rows, block[:, 0]]  # (N, MASS_BLOCK)
-    sums = within.double().cumsum(-1)
-    # Rounding may put the target just outside the block, where a token of no probability may stand.
-    target = (target - (ends - masses).gather(1, block)).clamp(min=0).minimum(sums[:, -1:] * (1 - 2.0**-50))
-    return block * MASS_BLOCK + torch.searchsorted(sums, target, right=True)
-
-
-def _masses(weights: torch.Tensor) -> torch.Tensor:
-    """Sums of consecutive blocks of weights (N, V), in fp64: (N, V / MASS_BLOCK)."""
-    return weights.view(len(weights), -1, MASS_BLOCK).sum(-1, dtype=torch.float64)
-
-
-def in_nucleus(probs: torch.Tensor, tokens: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
-    """Whether all tokens that are likelier than `tokens` (N, 1) have less mass than `limits` (N, 1): (N, 1) bool.
-    probs (N, V) with V a multiple of MASS_BLOCK."""
-    return _masses(_likelier(probs, tokens)).sum(-1, keepdim=True) < limits
-
-
-def _likelier(probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """probs (N, V) where they exceed that of the row's token (N, 1), else 0. A product with a 0/1 tensor of
-    the same dtype takes a tenth of the time of torch.where on CPU."""
-    exceeds = torch.gt(probs, probs.gather(-1, tokens), out=torch.empty_like(probs))
-    return exceeds.mul_(probs)
-
-
-def sample_key(seed: int, problem_id: str, sample: int) -> int:
-    """64 bits that name the random numbers of one sample."""
-    text = f"{seed}\0{sample}\0{problem_id}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def uniform(key: int, position: int, attempt: int = 0) -> float:
-    """A number in [0, 1 - 2^-48]: splitmix64 (Steele, Lea and Flood 2014) at a place in its sequence."""
-    mask = (1 << 64) - 1
-    z = (key + ((position << 16) + attempt + 1) * 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return ((z ^ (z >> 31)) >> 16) * 2.0**-48

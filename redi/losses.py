@@ -1,4 +1,4 @@
-"""The equations: per-token log-probabilities and the SFT, REDI, DPO and SimPO objectives.
+"""The equations: the SFT, REDI, DPO and SimPO objectives, and the log-probabilities that they are made of.
 
 This file needs torch only and can be copied alone into another code base. Data flows
 
@@ -13,147 +13,6 @@ import torch
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100
-
-
-class _LabelLogps(torch.autograd.Function):
-    """log softmax(hidden @ head_weight.T)[label], holding the logits of one chunk of tokens at a time.
-
-    Backward computes each chunk's logits again: one more matrix product, in exchange for never storing
-    (T, V) values, which for one response of 19,800 tokens and 151,936 words are 12 GB. Only the last chunk,
-    which backward takes first, is kept in between.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, head_weight, labels, chunk_size):
-        logps = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        logsumexps = torch.empty_like(logps)
-        dtype = _matmul_dtype(hidden)
-        weight, logits = head_weight.to(dtype), None
-        for rows in _chunks(len(labels), chunk_size):
-            logits = None  # gone before the next ones take their place
-            logits = fp32_product(hidden[rows].to(dtype), weight)
-            logps[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
-            maxima = logits.amax(-1, keepdim=True)
-            sums = logits.sub_(maxima).exp_().sum(-1, keepdim=True)  # in place: torch.logsumexp would copy
-            logsumexps[rows] = (maxima + sums.log()).squeeze(1)
-        ctx.save_for_backward(hidden, head_weight, labels, logsumexps)
-        ctx.chunk_size = chunk_size
-        # Saves a quarter of the head's arithmetic where all labels fit into one chunk (14 % of the CPU seconds
-        # of an SFT step: 25M parameters, 32,000 words, one pair), and takes no memory that backward would not.
-        ctx.last_probs = logits.div_(sums)
-        return logps.sub_(logsumexps)
-
-    @staticmethod
-    def backward(ctx, grad_logps):
-        hidden, head_weight, labels, logsumexps = ctx.saved_tensors
-        probs, ctx.last_probs = ctx.last_probs, None
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = None  # summed over chunks in fp32, and rounded to the weight's dtype once
-        dtype = _matmul_dtype(hidden)
-        weight = head_weight.to(dtype)
-        for rows in reversed(_chunks(len(labels), ctx.chunk_size)):
-            chunk, grad = hidden[rows].to(dtype), grad_logps[rows, None]
-            if probs is None:
-                probs = fp32_product(chunk, weight).sub_(logsumexps[rows, None]).exp_()
-            # d logp / d logits = onehot(label) - softmax, built in place of the probabilities.
-            grad_logits = probs.mul_(-grad).scatter_add_(1, labels[rows, None], grad).to(dtype)
-            probs = None
-            if needs_hidden:
-                grad_hidden[rows] = fp32_product(grad_logits, weight.t()).to(hidden.dtype)
-            if needs_weight and dtype != torch.float32:
-                part = torch.mm(grad_logits.t(), chunk, out_dtype=torch.float32)
-                grad_weight = part if grad_weight is None else grad_weight.add_(part)
-            elif needs_weight and grad_weight is None:
-                grad_weight = grad_logits.t() @ chunk
-            elif needs_weight:
-                grad_weight.addmm_(grad_logits.t(), chunk)
-            grad_logits = None  # gone before the next chunk's logits take their place
-        return grad_hidden, grad_weight.to(head_weight.dtype) if needs_weight else None, None, None
-
-
-def _matmul_dtype(hidden):
-    """Logits accumulate and stay in fp32 also for bf16 inputs: rounding them to bf16 before the softmax errs
-    by up to 0.05 nats a token. CUDA has a matrix product with fp32 output; elsewhere the operands are upcast."""
-    return hidden.dtype if hidden.is_cuda else torch.float32
-
-
-def fp32_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """a @ b.T (+ bias), accumulated and returned in fp32, not differentiable.
-
-    Args: a (n, k), b (m, k), both fp32, or on CUDA both bf16; bias (m,) fp32. Returns: (n, m) fp32.
-    """
-    if a.dtype != torch.float32:
-        return torch.mm(a, b.t(), out_dtype=torch.float32)
-    if uses_onednn(a, b):
-        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-    return F.linear(a, b, bias)
-
-
-def uses_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether oneDNN is to compute the product of a (n, k) and b (m, k): a large one in fp32 on a CPU.
-
-    Otherwise it is MKL, which takes AVX2 kernels on AMD processors: 104 GFLOP/s against oneDNN's 230 on one
-    Zen 5 core. A product of a new shape costs oneDNN 0.5 ms of preparation, more than small ones save.
-    """
-    possible = a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return possible and len(a) * b.numel() > 2**24
-
-
-def _chunks(length, chunk_size):
-    """As few slices of at most chunk_size as there can be, of even lengths."""
-    count = max(1, -(-length // chunk_size))
-    bounds = [length * i // count for i in range(count + 1)]
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
-
-
-def token_logps(
-    hidden: torch.Tensor,
-    head_weight: torch.Tensor,
-    labels: torch.Tensor,
-    chunk_size: int = 2048,
-    positions: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """log π(label) of every token in nats, without ever holding the logits of more than a chunk.
-
-    Args:
-        hidden: (T, C), output of the final norm, fp32 or bf16.
-        head_weight: (V, C), the output projection, same dtype.
-        labels: (T,) int64, the next token, or -100 where there is nothing to predict.
-        chunk_size: tokens whose (chunk_size, V) fp32 logits are in memory at once.
-        positions: (M,) int64, where labels != -100, if the caller knows it already. Finding it out here
-            makes a GPU wait for the host.
-
-    Returns: (T,) fp32, 0 where labels are -100. Ignored tokens are dropped before the projection.
-    Differentiable once in hidden and head_weight.
-    """
-    if positions is None:
-        positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-    logps = _LabelLogps.apply(hidden[positions], head_weight, labels[positions], chunk_size)
-    return torch.zeros(len(labels), device=hidden.device).index_copy(0, positions, logps)
-
-
-def sequence_logps(
-    token_logps: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum the token log-probs of each packed sequence, and count its labels with the same mask.
-
-    Args:
-        token_logps: (T,) fp32, 0 where ignored.
-        labels: (T,) int64, -100 where ignored.
-        cu_seqlens: (N+1,) int32, sequence boundaries: first 0, last T.
-
-    Returns: logps (N,) fp32, log π(y|x) in nats; lengths (N,) int64, |y| in tokens.
-    """
-    n = len(cu_seqlens) - 1
-    sequence = torch.repeat_interleave(
-        torch.arange(n, device=labels.device), cu_seqlens.diff(), output_size=len(labels)
-    )
-    # Tens of thousands of terms of one sign: fp32 running sums would lose the last digits.
-    logps = torch.zeros(n, dtype=torch.float64, device=labels.device).index_add(0, sequence, token_logps.double())
-    lengths = torch.zeros(n, dtype=torch.int64, device=labels.device)
-    lengths.index_add_(0, sequence, (labels != IGNORE_INDEX).long())
-    return logps.float(), lengths
 
 
 def sft_loss(logps: torch.Tensor) -> torch.Tensor:
@@ -211,3 +70,153 @@ def simpo_loss(
     Args: logps (B,) in nats, lengths (B,) in tokens. Returns: losses (B,).
     """
     return -F.logsigmoid(beta * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths) - gamma)
+
+
+def sequence_logps(
+    token_logps: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum the token log-probs of each packed sequence, and count its labels with the same mask.
+
+    Args:
+        token_logps: (T,) fp32, 0 where ignored.
+        labels: (T,) int64, -100 where ignored.
+        cu_seqlens: (N+1,) int32, sequence boundaries: first 0, last T.
+
+    Returns: logps (N,) fp32, log π(y|x) in nats; lengths (N,) int64, |y| in tokens.
+    """
+    n = len(cu_seqlens) - 1
+    sequence = torch.repeat_interleave(
+        torch.arange(n, device=labels.device), cu_seqlens.diff(), output_size=len(labels)
+    )
+    # Tens of thousands of terms of one sign: fp32 running sums would lose the last digits.
+    logps = torch.zeros(n, dtype=torch.float64, device=labels.device).index_add(0, sequence, token_logps.double())
+    lengths = torch.zeros(n, dtype=torch.int64, device=labels.device)
+    lengths.index_add_(0, sequence, (labels != IGNORE_INDEX).long())
+    return logps.float(), lengths
+
+
+def token_logps(
+    hidden: torch.Tensor,
+    head_weight: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_size: int | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """log π(label) of every token in nats, without ever holding the logits of more than a chunk.
+
+    Args:
+        hidden: (T, C), output of the final norm, fp32 or bf16.
+        head_weight: (V, C), the output projection, same dtype.
+        labels: (T,) int64, the next token, or -100 where there is nothing to predict.
+        chunk_size: tokens whose (chunk_size, V) fp32 logits are in memory at once; None: see `logit_rows`.
+        positions: (M,) int64, where labels != -100, if the caller knows it already. Finding it out here
+            makes a GPU wait for the host.
+
+    Returns: (T,) fp32, 0 where labels are -100. Ignored tokens are dropped before the projection.
+    Differentiable once in hidden and head_weight.
+    """
+    if positions is None:
+        positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    chunk_size = chunk_size or logit_rows(len(head_weight), hidden.is_cuda)
+    logps = _LabelLogps.apply(hidden[positions], head_weight, labels[positions], chunk_size)
+    return torch.zeros(len(labels), device=hidden.device).index_copy(0, positions, logps)
+
+
+def logit_rows(vocab_size: int, on_cuda: bool) -> int:
+    """Rows of logits that are worth holding at once: 2048 on CUDA, where each chunk costs one more pass over the
+    fp32 gradient of the head; 128 MB of them on a CPU."""
+    return 2048 if on_cuda else max(64, 2**25 // vocab_size)
+
+
+class _LabelLogps(torch.autograd.Function):
+    """log softmax(hidden @ head_weight.T)[label], holding the logits of one chunk of tokens at a time.
+
+    Backward computes each chunk's logits again: one more matrix product, in exchange for never storing
+    (T, V) values, which for one response of 19,800 tokens and 151,936 words are 12 GB. Only the last chunk,
+    which backward takes first, is kept in between.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head_weight, labels, chunk_size):
+        logps = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        logsumexps = torch.empty_like(logps)
+        dtype = matmul_dtype(hidden)
+        weight, exps = head_weight.to(dtype), None
+        for rows in _chunks(len(labels), chunk_size):
+            exps = None  # gone before the next logits take their place
+            logits = fp32_product(hidden[rows].to(dtype), weight)
+            logps[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
+            maxima = logits.amax(-1, keepdim=True)
+            exps = logits.sub_(maxima).exp_()  # in place: torch.logsumexp would copy
+            del logits
+            sums = exps.sum(-1, keepdim=True)
+            logsumexps[rows] = (maxima + sums.log()).squeeze(1)
+        ctx.save_for_backward(hidden, head_weight, labels, logsumexps)
+        ctx.chunk_size = chunk_size
+        # Saves a quarter of the head's arithmetic where all labels fit into one chunk (14 % of the CPU seconds
+        # of an SFT step: 25M parameters, 32,000 words, one pair), and takes no memory that backward would not.
+        ctx.last_probs = exps.div_(sums)
+        return logps.sub_(logsumexps)
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        hidden, head_weight, labels, logsumexps = ctx.saved_tensors
+        probs, ctx.last_probs = ctx.last_probs, None
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = None  # summed over chunks in fp32, and rounded to the weight's dtype once
+        dtype = matmul_dtype(hidden)
+        weight = head_weight.to(dtype)
+        for rows in reversed(_chunks(len(labels), ctx.chunk_size)):
+            chunk, grad = hidden[rows].to(dtype), grad_logps[rows, None]
+            if probs is None:
+                probs = fp32_product(chunk, weight).sub_(logsumexps[rows, None]).exp_()
+            # d logp / d logits = onehot(label) - softmax, built in place of the probabilities.
+            grad_logits = probs.mul_(-grad).scatter_add_(1, labels[rows, None], grad).to(dtype)
+            probs = None
+            if needs_hidden:
+                grad_hidden[rows] = fp32_product(grad_logits, weight.t()).to(hidden.dtype)
+            if needs_weight and dtype != torch.float32:
+                part = torch.mm(grad_logits.t(), chunk, out_dtype=torch.float32)
+                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+            elif needs_weight and grad_weight is None:
+                grad_weight = grad_logits.t() @ chunk
+            elif needs_weight:
+                grad_weight.addmm_(grad_logits.t(), chunk)
+            grad_logits = None  # gone before the next chunk's logits take their place
+        return grad_hidden, grad_weight.to(head_weight.dtype) if needs_weight else None, None, None
+
+
+def _chunks(length, chunk_size):
+    """As few slices of at most chunk_size as there can be, of even lengths."""
+    count = max(1, -(-length // chunk_size))
+    bounds = [length * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
+
+
+def matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Logits accumulate and stay in fp32 also for bf16 inputs: rounding them to bf16 before the softmax errs
+    by up to 0.05 nats a token. CUDA has a matrix product with fp32 output; elsewhere the operands are upcast."""
+    return hidden.dtype if hidden.is_cuda else torch.float32
+
+
+def fp32_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """a @ b.T (+ bias), accumulated and returned in fp32, not differentiable.
+
+    Args: a (n, k), b (m, k), both fp32, or on CUDA both bf16; bias (m,) fp32. Returns: (n, m) fp32.
+    """
+    if a.dtype != torch.float32:
+        return torch.mm(a, b.t(), out_dtype=torch.float32)
+    if uses_onednn(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return F.linear(a, b, bias)
+
+
+def uses_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether oneDNN is to compute the product of a (n, k) and b (m, k): a large one in fp32 on a CPU.
+
+    Otherwise it is MKL, which takes AVX2 kernels on AMD processors: 104 GFLOP/s against oneDNN's 230 on one
+    Zen 5 core. A product of a new shape costs oneDNN 0.5 ms of preparation, more than small ones save.
+    """
+    possible = a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return possible and len(a) * b.numel() > 2**24

@@ -19,13 +19,14 @@ def new_history() -> dict:
 def watch(history: dict, metrics: dict, threshold: float) -> str | None:
     """Take in one step's metrics (a line of metrics.jsonl). Returns a warning, once, when the rule above holds.
 
-    Args: threshold in nats per token. Steps whose numbers are not finite (None) are passed over.
+    Args: threshold in nats per token. Steps whose numbers are not finite (None) are passed over, and so is SFT,
+    which pushes nothing away.
     """
     chosen = metrics["chosen_logp"]
-    if chosen is None:
+    if chosen is None or "rejected_logp" not in metrics:
         return None
     if history["first"] is None:
-        history["first"] = {key: metrics.get(key) for key in ("chosen_logp", "rejected_logp", "grad_norm", "update_norm")}
+        history["first"] = {key: metrics[key] for key in ("chosen_logp", "rejected_logp", "grad_norm")}
     history["recent"] = [*history["recent"], chosen][-WINDOW:]
     mean = sum(history["recent"]) / len(history["recent"])
     first = history["first"]
@@ -33,10 +34,8 @@ def watch(history: dict, metrics: dict, threshold: float) -> str | None:
         return None
     history["warned"] = True
     changes = [f"chosen LogPS {first['chosen_logp']:.2f} -> {mean:.2f} (mean of {WINDOW} steps)"]
-    for key, name in (("rejected_logp", "rejected LogPS"), ("grad_norm", "gradient norm"), ("update_norm", "update norm")):
-        if first[key] is not None and metrics.get(key) is not None:
+    for key, name in (("rejected_logp", "rejected LogPS"), ("grad_norm", "gradient norm")):
+        if first[key] is not None and metrics[key] is not None:
             changes.append(f"{name} {first[key]:.3g} -> {metrics[key]:.3g}")
-    return (
-        f"step {metrics['step']}: collapse? {'; '.join(changes)}. The correct responses are losing probability "
-        "as well; a smaller learning rate or --alpha helps"
-    )
+    return (f"step {metrics['step']}: collapse? {'; '.join(changes)}. The correct responses are losing probability "
+            "as well")

@@ -1,37 +1,50 @@
-"""What a run would take, computed before it begins: steps, tokens, arithmetic, hours, and memory of each GPU.
+"""What a run would take, computed before it begins: steps, tokens, arithmetic, time, and memory of each rank.
 
     python train.py redi --model DIR --data pairs.jsonl --output out/redi --plan --world-size 8
 
 Rows are tokenised and dealt out to ranks by the functions that training uses; weights are never read. The
 memory is a count of tensors, as torch.cuda.max_memory_allocated sees them, without torch.compile.
+On one core of a cloud machine (AMD EPYC), models of 12M and 135M parameters trained in fp32 at 0.6 of the 0.09 TFLOP/s
+of matrix products (0.054 to 0.061), and their processes held 0.7 to 1.2 GiB beside the tensors.
 """
 
-import inspect
+import os
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from redi.data import Dataset, step_rows
-from redi.losses import token_logps
+from redi.data import Dataset, deal, step_rows
+from redi.losses import logit_rows
 from redi.model import FAMILIES, CausalLM, ModelConfig
 
 GIB = 2**30
 FP32 = 4  # bytes; of master weights, gradients, AdamW's moments and logits, whatever the run computes in
-LOGIT_ROWS = inspect.signature(token_logps).parameters["chunk_size"].default
+
+
+def complete(args) -> bool:
+    """Fill in what train.py's flags leave open of the device. Returns args.on_gpu: whether the plan is for GPUs, which
+    the flags describe or which are here; else it is for one process on this CPU."""
+    args.on_gpu = torch.cuda.is_available() or any((args.world_size, args.peak_tflops, args.memory_gib))
+    ranks, memory = int(os.environ.get("WORLD_SIZE", 1)), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    values = (ranks, 989, 0.4, 80) if args.on_gpu else (1, 0.09 * torch.get_num_threads(), 0.6, round(memory, 1))
+    for name, value in zip(("world_size", "peak_tflops", "utilization", "memory_gib"), values):
+        setattr(args, name, getattr(args, name) or value)
+    return args.on_gpu
 
 
 def training_flops(config: ModelConfig, lengths, labels, recompute: bool) -> np.ndarray:
     """FLOPs of forward and backward of sequences of `lengths` tokens (an array), `labels` of them predicted.
 
-    Layers, forward: 2 a token and parameter in matrix products, and for causal attention over S tokens
-    2 x layers x heads x head size x S². Backward is twice that; with `recompute` the forward comes again, but
-    for the last product of each layer, which no gradient needs. Head: predicted positions only, and 8 a
-    parameter, since its logits are computed again (but for a micro-batch's last chunk, which is not counted off).
+    Backward is twice the forward; with `recompute` the layers' forward comes again, but for the last product of
+    each, which no gradient needs. Head: predicted positions only, and 8 a parameter, since its logits are computed
+    again (but for a micro-batch's last chunk, which is not counted off).
     """
-    head = config.matmul_parameters()[1]
-    layers_forward = forward_flops(config, lengths, 0)
+    head = config.hidden_size * config.vocab_size
+    layers_forward = config.forward_flops(lengths)
     flops = 3 * layers_forward + 8.0 * head * labels
     if recompute:
         last = config.num_hidden_layers * config.intermediate_size * config.hidden_size
@@ -39,27 +52,16 @@ def training_flops(config: ModelConfig, lengths, labels, recompute: bool) -> np.
     return flops
 
 
-def forward_flops(config: ModelConfig, lengths, labels) -> np.ndarray:
-    """FLOPs of forward alone. Arguments as for training_flops."""
-    layers, head = config.matmul_parameters()
-    attention = 2.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return 2.0 * layers * lengths + attention * lengths**2 + 2.0 * head * labels
-
-
 def peak_memory(
-    config: ModelConfig, tokens: int, ranks: int, itemsize: int, recompute: bool
+    config: ModelConfig, tokens: int, ranks: int, itemsize: int, recompute: bool, on_gpu: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Bytes on one GPU by component: in the loss and in a layer's backward, of which one is the fullest moment
-    of a step with many tokens, and in AdamW's turn, which is that of a step with few.
-
-    Args: tokens: of a rank's fullest micro-batch; itemsize: bytes of the dtype computed in.
-    """
+    """Bytes of one rank by component, in the loss and in a layer's backward: one of them is a step's fullest moment.
+    tokens: of a rank's fullest micro-batch; itemsize: bytes of the dtype computed in."""
     with torch.device("meta"):
         model = CausalLM(config)
     parameters = sum(p.numel() for p in model.parameters())
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    # Embedding, final norm and head: gathered all through a step.
-    root = parameters - layer * config.num_hidden_layers
+    root = parameters - layer * config.num_hidden_layers  # embedding, final norm and head, gathered all through a step
     head = config.vocab_size * config.hidden_size
     width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     # What a layer keeps for its backward: both norms' outputs and the stream between them; q, k, v and the
@@ -76,17 +78,14 @@ def peak_memory(
         "gradients (fp32)": FP32 * parameters / ranks,
         "AdamW moments (fp32)": 2 * FP32 * parameters / ranks,
     }
-    gathered = "gathered weights"
-    logits = min(LOGIT_ROWS, tokens) * config.vocab_size * FP32
+    copy = itemsize if ranks > 1 or itemsize < FP32 else 0  # bytes of a weight that FSDP gathers or casts
+    logits = min(logit_rows(config.vocab_size, on_gpu), tokens) * config.vocab_size * FP32
     # One chunk's logits beside their rounded copy; or that copy beside a second head gradient, of one chunk.
-    rounded = 0.5 if itemsize < FP32 else 0
-    one_more_head = FP32 * head if itemsize < FP32 else 0
-    workspace = max((1 + rounded) * logits, rounded * logits + one_more_head)
-    largest_shard = FP32 * head / ranks
+    workspace = max(1.5 * logits, 0.5 * logits + FP32 * head) if itemsize < FP32 else logits
     return {
         "loss": {
             **sharded,
-            gathered: itemsize * root,
+            "gathered weights": copy * root,
             "kept activations": kept,
             "hidden states and their gradient": 3 * tokens * width * itemsize,
             "logits chunk": workspace,
@@ -94,13 +93,12 @@ def peak_memory(
         },
         "backward of a layer": {
             **sharded,
-            gathered: itemsize * (root + 3 * layer),  # in use, coming next, and being copied
+            "gathered weights": copy * (root + 3 * layer),  # in use, coming next, and being copied
             "kept activations": kept,
             "activations of one layer": layer_activations if recompute else 0,
             "their gradients": tokens * (4 * config.intermediate_size + 2 * width) * itemsize,
-            "gradients of one layer and the head": itemsize * (head + 2 * layer) + 2 * FP32 * layer,
+            "gradients of one layer and the head": copy and copy * (head + 2 * layer) + 2 * FP32 * layer,
         },
-        "optimiser": {**sharded, "AdamW's next update, for its norm": 5 * largest_shard},
     }
 
 
@@ -110,70 +108,64 @@ class Plan:
 
     step_tokens: list[int]  # of each step, all ranks
     micro_batches: list[int]  # of each step: forward and backward passes of a rank
-    longest: int  # tokens of the longest sequence
     longest_example: int  # tokens of the largest example: a pair counts both responses
     fullest: int  # tokens of the fullest micro-batch of a rank
     flops: float  # of all ranks together
     busy: float  # share of the time in which an average rank does not wait for the busiest one
 
 
-def make_plan(args, config: ModelConfig, dataset: Dataset, total_steps: int, deal: Callable) -> Plan:
+def make_plan(args, config: ModelConfig, dataset: Dataset, total_steps: int, reference: bool) -> Plan:
     """Go through the steps of a run without running them.
 
-    Args: args: train.py's; deal(rows) -> parts[micro][rank], lists of example indices: how training spreads
-    the rows of a step.
+    Args: args: train.py's; reference: whether the method needs log-probs of the model that it begins from.
     """
-    lengths, labels = dataset.input_lengths, dataset.label_counts
+    lengths, labels, tokens = dataset.input_lengths, dataset.label_counts, dataset.input_lengths.sum(1)
     flops = training_flops(config, lengths, labels, args.gradient_checkpointing).sum(1)
-    tokens = lengths.sum(1)
     step_tokens, micro_batches, fullest, total, possible = [], [], 0, 0.0, 0.0
     for step in range(total_steps):
         _, rows = step_rows(len(dataset), args.batch_size, args.seed, step)
-        parts = deal(rows)
+        parts = deal(dataset, rows, config.forward_flops, args.micro_batch_tokens, args.world_size)
         step_tokens.append(int(tokens[rows].sum()))
         micro_batches.append(len(parts))
         fullest = max(fullest, max(int(tokens[part].sum()) for micro in parts for part in micro))
         total += float(flops[rows].sum())
         # Ranks exchange gradients after each micro-batch, so all wait for the busiest.
         possible += sum(len(micro) * max(float(flops[part].sum()) for part in micro) for micro in parts)
-    busy = total / possible
-    if args.method == "dpo":  # the reference's log-probs: one forward over all pairs
-        total += float(forward_flops(config, lengths, labels).sum())
-    return Plan(step_tokens, micro_batches, int(lengths.max()), int(tokens.max()), fullest, total, busy)
+    of_reference = float(config.forward_flops(lengths, labels).sum()) if reference else 0.0  # a forward over all
+    return Plan(step_tokens, micro_batches, int(tokens.max()), fullest, total + of_reference, total / possible)
 
 
 def describe(plan: Plan, args, config: ModelConfig, dataset: Dataset, itemsize: int) -> str:
-    """The plan in words and a table. args: train.py's."""
-    steps, ranks, tokens = len(plan.step_tokens), args.world_size, plan.step_tokens
-    epochs = steps / -(-len(dataset) // args.batch_size)
-    rate = ranks * args.peak_tflops * 1e12 * args.utilization * plan.busy
-    again = "layers computed twice" if args.gradient_checkpointing else "activations kept"
-
-    def memory(micro_batch: int) -> dict:
-        return peak_memory(config, micro_batch, ranks, itemsize, args.gradient_checkpointing)
-
-    table = memory(plan.fullest)
-    components = list(dict.fromkeys(name for column in table.values() for name in column))
+    """The plan in words and a table. args: train.py's, after `complete`."""
+    tokens, ranks, recompute = plan.step_tokens, args.world_size, args.gradient_checkpointing
+    seconds = plan.flops / (ranks * args.peak_tflops * 1e12 * args.utilization * plan.busy)
+    memory = partial(peak_memory, config, ranks=ranks, itemsize=itemsize, recompute=recompute, on_gpu=args.on_gpu)
+    steps, table = len(tokens), memory(plan.fullest)
+    cpu = "this CPU (GPUs: --world-size, --peak-tflops or --memory-gib)"
     lines = [
+        f"planned for     {f'GPUs ({ranks})' if args.on_gpu else cpu}, {'fp32' if itemsize == FP32 else 'bf16'}",
         f"examples        {len(dataset):,} ({dataset.dropped:,} too long and left out)",
-        f"steps           {steps:,} of {args.batch_size} ({epochs:.3g} epochs)",
-        f"tokens          {sum(tokens):,}; a step {min(tokens):,} to {max(tokens):,}, on average "
-        f"{sum(tokens) / steps:,.0f}",
-        f"longest         sequence {plan.longest:,} tokens, example {plan.longest_example:,}",
-        f"micro-batches   {sum(plan.micro_batches) / steps:.2f} a step on each of {ranks} GPUs, the fullest "
-        f"{plan.fullest:,} tokens",
-        f"arithmetic      {plan.flops:.3e} FLOPs ({again})",
-        f"time            {plan.flops / rate / 3600:.2f} hours at {args.utilization:.0%} of {ranks} x "
-        f"{args.peak_tflops:g} TFLOP/s; an average rank is busy {plan.busy:.1%} of it",
+        f"steps           {steps:,} of {args.batch_size} ({steps / -(-len(dataset) // args.batch_size):.3g} epochs)",
+        f"tokens          {sum(tokens):,}; a step {min(tokens):,} to {max(tokens):,}, mean {sum(tokens) / steps:,.0f}",
+        f"longest         sequence {dataset.input_lengths.max():,} tokens, example {plan.longest_example:,}",
+        f"micro-batches   {sum(plan.micro_batches) / steps:.2f} a step on a rank, the fullest {plan.fullest:,} tokens",
+        f"arithmetic      {plan.flops:.3e} FLOPs ({'layers computed twice' if recompute else 'activations kept'})",
+        f"time            {duration(seconds)} at {args.utilization:.0%} of {ranks} x {args.peak_tflops:g} TFLOP/s; an "
+        f"average rank is busy {plan.busy:.1%} of it",
         "",
-        f"{'GiB a GPU':40}" + "".join(f"{moment:>22}" for moment in table),
+        f"{'GiB of each rank':40}" + "".join(f"{moment:>22}" for moment in table),
     ]
-    for name in components:
+    for name in dict.fromkeys(name for column in table.values() for name in column if column[name]):
         values = [column.get(name) for column in table.values()]
         lines.append(f"{name:40}" + "".join(f"{'' if v is None else f'{v / GIB:.2f}':>22}" for v in values))
     lines.append(f"{'sum':40}" + "".join(f"{sum(column.values()) / GIB:>22.2f}" for column in table.values()))
-    lines += ["", verdict(plan, memory, args)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", verdict(plan, memory, args)])
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit of which there is one, to three digits: "2.5 h", "48 min", "0.031 s"."""
+    size, unit = (3600, "h") if seconds >= 3600 else (60, "min") if seconds >= 60 else (1, "s")
+    return f"{seconds / size:,.0f} {unit}" if seconds >= 100 * size else f"{seconds / size:.3g} {unit}"
 
 
 def verdict(plan: Plan, memory: Callable, args) -> str:
@@ -182,7 +174,8 @@ def verdict(plan: Plan, memory: Callable, args) -> str:
     def peak(tokens: int) -> float:
         return max(sum(column.values()) for column in memory(tokens).values()) / GIB
 
-    here = f"{peak(plan.fullest):.1f} of {args.memory_gib:g} GiB a GPU, not counting what CUDA and NCCL need"
+    besides = "what CUDA and NCCL need" if args.on_gpu else "torch itself and what its allocator keeps (0.7 to 1.2)"
+    here = f"{peak(plan.fullest):.1f} of {args.memory_gib:g} GiB, not counting {besides}"
     if peak(plan.fullest) <= args.memory_gib:
         return f"fits: {here}"
     if peak(0) > args.memory_gib:
@@ -192,8 +185,5 @@ def verdict(plan: Plan, memory: Callable, args) -> str:
         return (f"does not fit: {here}; the largest example, {plan.longest_example:,} tokens, takes "
                 f"{peak(plan.longest_example):.1f} by itself: leave out longer ones (--max-response-tokens, "
                 "--max-tokens), or share the rest of the memory among more GPUs (--world-size)")
-    fitting, too_many = plan.longest_example, plan.fullest
-    while too_many - fitting > 1:
-        middle = (fitting + too_many) // 2
-        fitting, too_many = (middle, too_many) if peak(middle) <= args.memory_gib else (fitting, middle)
-    return f"does not fit: {here}; --micro-batch-tokens {fitting} would"
+    too_many = bisect(range(plan.fullest), args.memory_gib, lo=plan.longest_example, key=peak)
+    return f"does not fit: {here}; --micro-batch-tokens {too_many - 1} would"

@@ -4,29 +4,27 @@
     python -m redi.plot --lengths pairs.jsonl --tokenizer Qwen/Qwen2.5-Math-1.5B --output lengths.svg
 """
 
-import argparse
-import json
-import math
-import os
 import re
-import sys
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from redi.data import read_examples, read_jsonl
+from redi.command import Parser, run_command
+from redi.files import read_json, read_jsonl, replacing
+from redi.rows import read_examples
 from redi.tokenizer import Tokenizer
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's colours, which the colour-blind can tell apart. The eighth line has the first one again, dashed.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+DASHES = ["-", "--", ":", "-."]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
-LINE_STYLES = ["-", "--", ":", "-."]
-PANELS = [  # metrics.jsonl key, held-out key, title
-    ("chosen_logp", "eval_chosen_logp", "Chosen LogPS (nats a token)"),
-    ("rejected_logp", "eval_rejected_logp", "Rejected LogPS (nats a token)"),
-    ("lr_grad_norm", None, "Learning rate × gradient norm"),
-]
+PANELS = {  # key in metrics.jsonl (of held-out rows: eval_ before it) -> title
+    "chosen_logp": "Chosen LogPS (nats a token)",
+    "rejected_logp": "Rejected LogPS (nats a token)",
+    "margin": "Margin: chosen − rejected LogPS",
+    "lr_grad_norm": "Learning rate × gradient norm",
+}
 STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
     "axes.axisbelow": True, "axes.titlesize": 11, "axes.titlelocation": "left", "font.size": 10,
@@ -35,79 +33,89 @@ STYLE = {
 
 
 def plot_dynamics(runs: list[Path], labels: list[str], results: list[dict], path: Path) -> None:
-    """Four panels over steps: accuracy, chosen LogPS, rejected LogPS, learning rate x gradient norm.
+    """Over steps: accuracy where there are results, and those of PANELS that some run has numbers for.
 
-    Args: runs: output directories of train.py; labels: their names; results: rows of evaluate.py's
-    results.json, of which those of a run's checkpoints (and of the model it began from, at step 0) are drawn;
-    path: PNG or SVG.
-    Faint lines are single steps, strong ones means over a fiftieth of the run, dashed ones held-out pairs.
+    Args: runs: output directories of train.py; labels: their names; results: rows of evaluate.py's results.json,
+    of which those of a run's checkpoints (and of the model it began from, at step 0) are drawn; path: PNG or SVG.
+    A run has a colour and a dash, a benchmark a marker. Faint lines are single steps, strong ones means over a
+    fiftieth of the run, hollow points held-out rows.
     """
-    figure, ((accuracy, *left), right) = _subplots(path, 2, 2, (10.5, 6.8))
     logs = [[row for _, row in read_jsonl(run / "metrics.jsonl")] for run in runs]
     for run, log in zip(runs, logs):
-        if not log:
-            raise ValueError(f"{run / 'metrics.jsonl'} holds no step yet")
+        if not any(row["step"] and row.get(key) is not None for row in log for key in PANELS):
+            raise ValueError(f"{run / 'metrics.jsonl'} holds no step with numbers to draw yet")
     curves = [accuracy_curves(run, log, results) for run, log in zip(runs, logs)]
     if results and not any(curves):
         raise ValueError(f"no row of the results is of a checkpoint in {', '.join(map(str, runs))}")
-    benchmarks = sorted({name for run_curves in curves for name in run_curves})
-    for i, run_curves in enumerate(curves):
-        for name, points in run_curves.items():
-            b = benchmarks.index(name)
-            steps, means, sems = (np.array(column, dtype=float) for column in zip(*points))
-            accuracy.errorbar(
-                steps, 100 * means, 100 * np.nan_to_num(sems), color=_color(i), linewidth=1.6, markersize=4.5,
-                marker=MARKERS[b % len(MARKERS)], linestyle=LINE_STYLES[b % len(LINE_STYLES)], capsize=2.5,
-                elinewidth=1,
-            )
-    accuracy.set_title("Accuracy (pass@1, %)")
-    if benchmarks:
-        for b, name in enumerate(benchmarks):
-            accuracy.plot([], [], color="#555555", marker=MARKERS[b % len(MARKERS)], markersize=4.5,
-                          linestyle=LINE_STYLES[b % len(LINE_STYLES)], label=name)
-        accuracy.legend()
-    else:
-        _say(accuracy, "no evaluations of checkpoints\n(evaluate.py --model RUN/step-*, then --results)")
-
-    held_out = False
-    for axes, (key, held_out_key, title) in zip([*left, *right], PANELS):
-        axes.set_title(title)
+    found = {key for log in logs for row in log for key in row if row[key] is not None}
+    keys = [key for key in PANELS if {key, f"eval_{key}"} & found]
+    figure, panels = _figure(path, ["accuracy"] * bool(results) + keys, panel_size=(4.2, 3.3))
+    legend = [(label, dict(linewidth=2.5, **_line(i))) for i, label in enumerate(labels)]
+    if results:
+        legend += _draw_accuracy(panels["accuracy"], curves)
+    held_out = dict(marker="o", markersize=3.5, markerfacecolor="white", linewidth=1.2)
+    if any(f"eval_{key}" in found for key in keys):
+        legend.append(("held-out rows", dict(color="#555555", **held_out)))
+    for key in keys:
+        axes = panels[key]
+        axes.set_title(PANELS[key])
         for i, log in enumerate(logs):
             steps, values = _series(log, key)
-            window = max(1, len(steps) // 50)
-            if window > 1:
-                axes.plot(steps, values, color=_color(i), linewidth=0.8, alpha=0.25)
             if len(steps):
-                axes.plot(steps, running_mean(values, window), color=_color(i), linewidth=1.7)
-            steps, values = _series(log, held_out_key)
-            if len(steps):
-                held_out = True
-                axes.plot(steps, values, "--o", color=_color(i), linewidth=1.3, markersize=3)
-        if not axes.lines:
-            _say(axes, "no run has rejected responses")
-    right[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    for axes in figure.axes:
-        axes.set_xlim(0, max(log[-1]["step"] for log in logs) * 1.02)
-    for axes in right:
+                axes.plot(steps, values, color=_line(i)["color"], linewidth=0.8, alpha=0.25)
+                axes.plot(steps, running_mean(values, len(steps) // 50), linewidth=1.7, **_line(i))
+            axes.plot(*_series(log, f"eval_{key}"), **held_out, **_line(i))
+        _set_scale(axes)
+    last = max(log[-1]["step"] for log in logs)
+    for axes in panels.values():
+        axes.set_xlim(-0.02 * last, 1.02 * last)
         axes.set_xlabel("optimiser step")
-    handles = []
-    for i, label in enumerate(labels):
-        handles += accuracy.plot([], [], color=_color(i), linewidth=2.5, label=label)
-    if held_out:
-        handles += accuracy.plot([], [], "--o", color="#555555", markersize=3, label="held-out pairs")
-    figure.legend(handles=handles, loc="outside upper center", ncols=5, fontsize=10)
+    handles = [axes.plot([], [], label=label, **style)[0] for label, style in legend]
+    columns = int(12 * figure.get_figwidth() / (8 + max(len(label) for label, _ in legend)))
+    figure.legend(handles=handles, loc="outside upper center", ncols=max(columns, 1), handlelength=3, fontsize=10)
     _save(figure, path)
 
 
-def accuracy_curves(run: Path, log: list[dict], results: list[dict]) -> dict[str, list[tuple]]:
-    """benchmark -> [(step, pass@1, SEM or None)] by step, of the rows whose model is a checkpoint of the run.
+def _draw_accuracy(axes, curves: list[dict[str, list[tuple]]]) -> list[tuple[str, dict]]:
+    """Draw the accuracy_curves of each run. Returns what tells the benchmarks apart: (name, style of its points)."""
+    benchmarks = sorted({name for run_curves in curves for name in run_curves})
+    markers = {name: dict(marker=MARKERS[b % len(MARKERS)], markersize=4.5) for b, name in enumerate(benchmarks)}
+    for i, run_curves in enumerate(curves):
+        for name, points in run_curves.items():
+            steps, means, errors = (np.array(column, dtype=float) for column in zip(*points))
+            axes.errorbar(steps, 100 * means, 100 * np.nan_to_num(errors), linewidth=1.6, capsize=2.5, elinewidth=1,
+                          **markers[name], **_line(i))
+    axes.set_title("Accuracy (pass@1, %)")
+    return [(name, dict(color="#555555", linewidth=0, **marker)) for name, marker in markers.items()]
 
-    RUN/step-NNNNNN stands at its step, RUN/final at the last, and the model that the run began from at 0.
+
+def _set_scale(axes) -> None:
+    """A logarithmic axis where the scales of two lines (nine in ten of their values stay below) differ by more than
+    ten; values that are all negative are mirrored, and where some cross zero, the axis is linear around it."""
+    lines = [values[np.isfinite(values)] for values in (line.get_ydata() for line in axes.lines)]
+    values = np.concatenate(lines)
+    scales = [np.percentile(np.abs(line), 90) for line in lines if line.any()]
+    if not scales or max(scales) <= 10 * min(scales):
+        return axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    if values.min() > 0:
+        axes.set_yscale("log")
+    else:
+        mirrored = values.max() < 0
+        exponent = np.floor(np.log10(np.percentile(-values, 5))) if mirrored else np.ceil(np.log10(min(scales)))
+        axes.set_yscale("symlog", linthresh=10**exponent)
+        axes.yaxis.get_major_locator().set_params(subs=[1, 2, 5] if mirrored else [1])
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_title(f"{axes.get_title(loc='left')}, logarithmic")
+
+
+def accuracy_curves(run: Path, log: list[dict], results: list[dict]) -> dict[str, list[tuple]]:
+    """benchmark -> [(step, pass@1, its error or None)] by step, of the rows whose model is a checkpoint of the run.
+
+    RUN/step-NNNNNN stands at its step, RUN/final at the last, and the model that the run began from at 0. The error
+    is the standard error over samples or, where each problem has one only, over problems.
     """
-    run, record, start = run.resolve(), run / "run.json", None
-    if record.is_file():
-        start = json.loads(record.read_text())["settings"]["model"]
-    curves = {}
+    run, record, curves = run.resolve(), run / "run.json", {}
+    start = read_json(record)["settings"]["model"] if record.is_file() else None
     for row in results:
         path = Path(row["path"])
         match = re.fullmatch(r"step-(\d+)|final", path.name)
@@ -117,17 +125,16 @@ def accuracy_curves(run: Path, log: list[dict], results: list[dict]) -> dict[str
             step = 0
         else:
             continue
-        curves.setdefault(row["benchmark"], {})[step] = (step, row["pass@1"], row["sem"])
+        error = row.get("sem_problems") if row["sem"] is None else row["sem"]
+        curves.setdefault(row["benchmark"], {})[step] = (step, row["pass@1"], error)
     return {name: [points[step] for step in sorted(points)] for name, points in sorted(curves.items())}
 
 
 def is_same(first: Path, second: Path) -> bool:
     """Whether two paths are one place, or may be: one is the end of the other, as where the commands that wrote
     them ran in different directories."""
-    if first.resolve() == second.resolve():
-        return True
     shared = min(len(first.parts), len(second.parts))
-    return shared > 0 and first.parts[-shared:] == second.parts[-shared:]
+    return first.resolve() == second.resolve() or (shared > 0 and first.parts[-shared:] == second.parts[-shared:])
 
 
 def plot_sweep(rows: list[dict], path: str | Path, baseline: tuple[str, float] | None = None) -> None:
@@ -137,18 +144,17 @@ def plot_sweep(rows: list[dict], path: str | Path, baseline: tuple[str, float] |
     path: PNG or SVG; baseline: (label, accuracy) of a model that the methods began from, as a dashed line.
     """
     path = Path(path)
-    figure, axes = _subplots(path, 1, 1, (6.4, 4.6))
+    figure, panels = _figure(path, ["accuracy"], panel_size=(6.4, 4.6))
+    axes = panels["accuracy"]
     for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         ours = sorted((row for row in rows if row["method"] == method), key=lambda row: row["lr"])
         axes.errorbar(
             [row["lr"] for row in ours], [100 * row["accuracy"] for row in ours],
-            [100 * (row["sem"] or 0.0) for row in ours], label=method, color=_color(i), linewidth=1.7,
-            marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=3, elinewidth=1,
-            linestyle=LINE_STYLES[i // len(COLORS) % len(LINE_STYLES)],
+            [100 * (row["sem"] or 0.0) for row in ours], label=method, linewidth=1.7,
+            marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=3, elinewidth=1, **_line(i),
         )
     if baseline:
-        label, value = baseline
-        axes.axhline(100 * value, color="#777777", linestyle="--", linewidth=1.3, label=label)
+        axes.axhline(100 * baseline[1], color="#777777", linestyle="--", linewidth=1.3, label=baseline[0])
     rates = sorted({row["lr"] for row in rows})
     axes.set_xscale("log")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -163,28 +169,26 @@ def plot_lengths(data: Path, tokenizer: Tokenizer | None, path: Path) -> None:
     """Distribution of the lengths of prompts and responses in a positives or pairs file, in tokens, or in
     characters without a tokenizer. Responses are counted without what ends a turn."""
     lengths = read_lengths(data, tokenizer)
-    figure, axes = _subplots(path, 1, 2, (10.5, 3.8))
-    unit = "tokens" if tokenizer else "characters"
-    for panel, names in zip(axes, (["prompt"], [name for name in lengths if name != "prompt"])):
+    figure, panels = _figure(path, ["Prompts", "Responses"], panel_size=(5.2, 3.8))
+    for (title, panel), names in zip(panels.items(), (["prompt"], [name for name in lengths if name != "prompt"])):
         longest = max(max(lengths[name]) for name in names)
         width = -(-longest // 60)  # a whole number, so that every bar stands for as many lengths
         bins = np.arange(-0.5, longest + width, width)
         for i, name in enumerate(names):
             values = np.array(lengths[name])
             middle, high = np.percentile(values, [50, 95])
-            color = "#777777" if name == "prompt" else _color(i)
-            panel.hist(values, bins, histtype="stepfilled", alpha=0.25, color=color)
-            panel.hist(values, bins, histtype="step", linewidth=1.6, color=color,
+            color = "#777777" if name == "prompt" else COLORS[i]
+            panel.hist(values, bins, histtype="stepfilled", linewidth=1.6, facecolor=(color, 0.25), edgecolor=color,
                        label=f"{name}: median {middle:,.0f}, 95 % up to {high:,.0f}, longest {max(values):,}")
             panel.axvline(middle, color=color, linestyle="--", linewidth=1.2)
-        panel.set_title("Prompts" if names == ["prompt"] else "Responses")
-        panel.set_xlabel(unit)
+        panel.set_title(title)
+        panel.set_xlabel("tokens" if tokenizer else "characters")
         panel.set_xlim(0, bins[-1])
         panel.locator_params(axis="x", integer=True)
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         panel.margins(y=0.3)  # room for the legend above the bars
         panel.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
-    axes[0].set_ylabel(f"rows of {len(lengths['prompt']):,}")
+    panels["Prompts"].set_ylabel(f"rows of {len(lengths['prompt']):,}")
     _save(figure, path)
 
 
@@ -212,33 +216,25 @@ def prompt_text(prompt: list[dict] | str, tokenizer: Tokenizer | None) -> str:
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean over the about `window` values around each one, over fewer at both ends; NaN is left out."""
-    known = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    counts = np.concatenate([[0.0], np.cumsum(known)])
-    middle = np.arange(len(values))
-    start, stop = np.maximum(middle - window // 2, 0), np.minimum(middle + window // 2 + 1, len(values))
-    sums, counts = sums[stop] - sums[start], counts[stop] - counts[start]
+    known, ones = np.isfinite(values), np.ones(2 * (window // 2) + 1)
+    sums, counts = (np.convolve(each, ones, "same") for each in (np.where(known, values, 0.0), known))
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 
 
-def _series(log: list[dict], key: str | None) -> tuple[np.ndarray, np.ndarray]:
+def _series(log: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the lines that have the key; NaN for a value that was not finite."""
     rows = [row for row in log if key in row]
-    values = [math.nan if row[key] is None else row[key] for row in rows]
-    return np.array([row["step"] for row in rows]), np.array(values, dtype=float)
+    return np.array([row["step"] for row in rows]), np.array([row[key] for row in rows], dtype=float)
 
 
-def _color(i: int) -> str:
-    return COLORS[i % len(COLORS)]
+def _line(i: int) -> dict:
+    """How the i-th of any number of lines is told from the others."""
+    return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
 
 
-def _say(axes, text: str) -> None:
-    axes.set_yticks([])
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#777777")
-
-
-def _subplots(path: Path, rows: int, columns: int, size: tuple[float, float]):
-    """A figure and its axes. No pyplot: it would look for a screen."""
+def _figure(path: Path, names: list[str], panel_size: tuple[float, float]):
+    """(figure, its panels by name): up to three side by side, more in two rows without a gap.
+    No pyplot: it would look for a screen."""
     if path.suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"{path}: figures are written as .png or .svg")
     try:
@@ -247,39 +243,31 @@ def _subplots(path: Path, rows: int, columns: int, size: tuple[float, float]):
     except ImportError:
         raise ValueError("drawing needs matplotlib, which is not installed: pip install matplotlib") from None
     matplotlib.rcParams.update(STYLE)
+    half = (len(names) + 1) // 2
+    rows = [names] if len(names) <= 3 else [names[:half], names[half:]]
+    size = panel_size[0] * len(rows[0]), panel_size[1] * len(rows)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    return figure, figure.subplots(rows, columns)
+    return figure, figure.subplot_mosaic([np.repeat(row, 6 // len(row)).tolist() for row in rows])
 
 
 def _save(figure, path: Path) -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
+    with replacing(path) as partial:
         figure.savefig(partial, format=path.suffix[1:].lower())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_results(paths: list[Path]) -> list[dict]:
     """The rows of several results.json files of evaluate.py."""
     rows, keys = [], {"path", "benchmark", "pass@1", "sem"}
     for path in paths:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not valid JSON in UTF-8: {error}") from None
-        found = found.get("results") if isinstance(found, dict) else None
+        found = read_json(path).get("results")
         if not isinstance(found, list) or not all(isinstance(row, dict) and keys <= {*row} for row in found):
-            wanted = ", ".join(sorted(keys))
-            raise ValueError(f"{path}: expected 'results' with {wanted} in each, as evaluate.py writes")
+            raise ValueError(f"{path}: expected 'results' of evaluate.py, with {', '.join(sorted(keys))} in each")
         rows += found
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m redi.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m redi.plot", description=__doc__)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="output directories of train.py")
     add("--output", required=True, type=Path, help="the figure: .png or .svg")
@@ -300,8 +288,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(main)

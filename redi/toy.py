@@ -8,7 +8,6 @@ student who imitates right answers alone picks up the habit. The wrong answers s
 stage 2 can learn from.
 """
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -16,9 +15,8 @@ import json
 import math
 import random
 import re
-import signal
-import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import tokenizers
@@ -26,10 +24,12 @@ import torch
 
 from redi import distributed
 from redi.answer_checker import is_correct
-from redi.checkpoint import save_pretrained
-from redi.data import read_jsonl, write_atomically
-from redi.model import CausalLM, ModelConfig
-from redi.tokenizer import CHATML_TEMPLATE, Tokenizer, user_message
+from redi.chat_template import CHATML_TEMPLATE
+from redi.files import json_line, read_json, read_jsonl, write_atomically
+from redi.model import CausalLM
+from redi.pretrained import parse_config, save_pretrained
+from redi.problems import user_message
+from redi.tokenizer import Tokenizer
 
 CAPACITY = 15  # litres
 CHANGES = 6  # of the level, in a problem
@@ -144,7 +144,7 @@ def write_data(output: str | Path, seed: int) -> None:
     named_rows = {"teacher": teacher, "positives": positives, "pairs": pairs, "problems": test}
     for name, rows in named_rows.items():
         with write_atomically(output / f"{name}.jsonl") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(map(json_line, rows))
 
 
 def _assistant(text: str) -> list[dict]:
@@ -156,7 +156,7 @@ def write_model(directory: str | Path, seed: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         write_tokenizer(temporary)
         tokenizer = Tokenizer.from_pretrained(temporary)
-        model = CausalLM(ModelConfig.from_dict({**MODEL, "vocab_size": tokenizer.vocab_size}))
+        model = CausalLM(parse_config({**MODEL, "vocab_size": tokenizer.vocab_size}))
         model.init_weights(seed, std=MODEL["initializer_range"])
         save_pretrained(model, directory, tokenizer)
 
@@ -196,7 +196,10 @@ SAMPLING = {"sampled": ["--samples", "4"], "greedy": ["--samples", "1", "--tempe
 MAX_NEW_TOKENS = 96  # the teacher's longest solution has 42
 
 
-def run_example(output: str | Path = "out/example", seed: int = 0) -> None:
+Command = Callable[[list[str]], None]  # main(argv) of train.py or evaluate.py
+
+
+def run_example(train: Command, evaluate: Command, output: str | Path = "out/example", seed: int = 0) -> None:
     """Data, SFT, SFT continued (the control), REDI, and an evaluation of all three: `train.py` without arguments.
 
     What an earlier run has finished is kept, what it has begun is continued. Every rank calls.
@@ -211,11 +214,11 @@ def run_example(output: str | Path = "out/example", seed: int = 0) -> None:
         _say(f"\n{number} of 4. {TITLES[name]}")
         start = output / ("start" if name == "sft" else "sft/final")
         rows = data / ("pairs.jsonl" if name == "redi" else "positives.jsonl")
-        train_stage(arguments, start, rows, output / name, seed)
+        train_stage(train, arguments, start, rows, output / name, seed)
     _say(f"\n4 of 4. Each model solves {TEST_PROBLEMS} held-out problems: 4 samples at temperature 0.6, and greedily")
     models = [output / name / "final" for name in STAGES]
     for folder, arguments in SAMPLING.items():
-        evaluate_models(models, data / "problems.jsonl", output / folder, [*arguments, "--seed", str(seed)])
+        evaluate_models(evaluate, models, data / "problems.jsonl", output / folder, [*arguments, "--seed", str(seed)])
     if distributed.rank() == 0:
         print(_results(output))
 
@@ -229,23 +232,16 @@ def prepare(output: Path, seed: int) -> None:
         write_model(start, seed)
 
 
-def train_stage(arguments: list[str], start: Path, rows: Path, output: Path, seed: int) -> None:
-    import train  # here, not above: the commands know this module
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    train.main([*arguments, "--model", str(start), "--data", str(rows), "--output", str(output), "--resume",
-                "--seed", str(seed), "--dtype", "float32", "--no-gradient-checkpointing", "--log-every", "100"])
-    for number, handler in handlers.items():  # training waits for the end of a step; what follows may stop at once
-        signal.signal(number, handler)
+def train_stage(train: Command, arguments: list[str], start: Path, rows: Path, output: Path, seed: int) -> None:
+    train([*arguments, "--model", str(start), "--data", str(rows), "--output", str(output), "--resume",
+           "--seed", str(seed), "--dtype", "float32", "--no-gradient-checkpointing", "--log-every", "100"])
 
 
-def evaluate_models(models: list[Path], problems: Path, output: Path, arguments: list[str]) -> None:
+def evaluate_models(evaluate: Command, models: list[Path], problems: Path, output: Path, arguments: list[str]) -> None:
     """evaluate.py, without its own table."""
-    import evaluate
-
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluate.main(["--model", *map(str, models), "--problems", str(problems), "--output", str(output),
-                       "--dtype", "float32", "--rows", "400", "--max-new-tokens", str(MAX_NEW_TOKENS), *arguments])
+        evaluate(["--model", *map(str, models), "--problems", str(problems), "--output", str(output),
+                  "--dtype", "float32", "--rows", "400", "--max-new-tokens", str(MAX_NEW_TOKENS), *arguments])
 
 
 def _introduction(data: Path) -> str:
@@ -299,12 +295,14 @@ def _results(output: Path) -> str:
         "    sft/final, sft-continued/final, redi/final      models that transformers and vLLM load",
         "    */metrics.jsonl                                 one line a training step",
         "    sampled/, greedy/                               every response, and results.json",
+        "\nThis ran on one thread a process. On a machine that others use too, set OMP_NUM_THREADS=1 for runs of your own:",
+        "threads that wait for busy cores are slower together than one is alone.",
     ]
     return "\n".join(lines)
 
 
 def results_by_model(folder: Path) -> dict[str, dict]:
-    return {row["model"]: row for row in json.loads((folder / "results.json").read_text())["results"]}
+    return {row["model"]: row for row in read_json(folder / "results.json")["results"]}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -318,20 +316,3 @@ def read_samples(folder: Path) -> list[dict]:
 def _say(text: str) -> None:
     if distributed.rank() == 0:
         print(text, flush=True)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m redi.toy", description="The embedded example, with a seed of yours.")
-    parser.add_argument("--seed", type=int, default=0, help="of its problems, solutions, first weights and samples")
-    parser.add_argument("--output", type=Path, default=Path("out/example"), help="directory (default: %(default)s)")
-    args = parser.parse_args(argv)
-    run_example(args.output, args.seed)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues where it stopped")

@@ -48,9 +48,9 @@ import torch
 import evaluate
 import prepare_data
 import train  # noqa: F401  imported once, here, for every forked run
-from redi import checkpoint
+from redi import pretrained
 from redi.answer_checker import extract_answer, is_correct
-from redi.tokenizer import CHATML_TEMPLATE
+from redi.chat_template import CHATML_TEMPLATE
 from tests import tiny
 
 try:
@@ -121,9 +121,9 @@ def write_inputs(place: Path) -> None:
     tiny.write_rows(place, examples=8, seed=1)
     (place / "pairs.jsonl").rename(place / "held_out.jsonl")
     tiny.write_rows(place, examples=12)
-    limit, checkpoint.SHARD_BYTES = checkpoint.SHARD_BYTES, 20_000
+    limit, pretrained.SHARD_BYTES = pretrained.SHARD_BYTES, 20_000
     tiny.write_model(place / "sharded", vocab_size=300, **shape)
-    checkpoint.SHARD_BYTES = limit
+    pretrained.SHARD_BYTES = limit
     assert (place / "sharded" / "model.safetensors.index.json").is_file()
     problems = [{"id": f"p{i}", "problem": f"What is {i} + {i + 1}?", "answer": str(2 * i + 1)} for i in range(4)]
     write_jsonl(place / "problems.jsonl", problems)
@@ -322,7 +322,10 @@ def what_is_left(job: Job, place: Path) -> dict:
         samples = [json.loads(line) for path in sorted(out.rglob("samples*.jsonl")) for line in path.open()]
         results = json.loads((out / "results.json").read_text())
         return {"samples": samples, "results": results}
-    return {"files": {path.name: sha256(path) for path in sorted(out.iterdir())}}
+    report = json.loads((out / "report.json").read_text())
+    del report["inputs"]  # their digests, which are others where other bytes mean the same
+    files = {path.name: sha256(path) for path in sorted(out.iterdir()) if path.name != "report.json"}
+    return {"files": {**files, "report.json": report}}
 
 
 def sha256(path: Path) -> str:

@@ -10,12 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from redi import data
-from redi.data import read_examples, read_jsonl
+from redi import cache, data
+from redi.files import read_jsonl
+from redi.pretrained import load_config
+from redi.rows import TokenSettings, read_examples
+from redi.tokenizer import Tokenizer
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +91,8 @@ BAD_PAIRS = {
     "a string": (b'"text"', "expected a JSON object, found str"),
     "no chosen": (row(chosen=None), r"no key 'chosen' \(found prompt, rejected\)"),
     "no rejected": (row(rejected=None), "no key 'rejected'"),
+    "one completion": ({"prompt": "a", "completion": "b"},
+                       r"no key 'chosen' \(found completion, prompt\): a row of one completion, where a pair is expected"),
     "no prompt": (row(prompt=None), "no key 'prompt'"),
     "an empty object": ({}, r"no key 'chosen' \(found none\)"),
     "chosen equals rejected": (row(rejected=message("3")), "chosen equals rejected"),
@@ -114,7 +120,8 @@ BAD_POSITIVES = {
     "messages without answer": ({"messages": message("hello", "user") * 2}, "'messages' must end with exactly one"),
     "messages without prompt": ({"messages": message("hello")}, "'messages' has no prompt before the answer"),
     "messages are text": ({"messages": "hello"}, "'messages' must be a non-empty list"),
-    "a pair": (row(), "no key 'completion' .found chosen, prompt, rejected"),
+    "a pair": (row(), r"no key 'completion' \(found chosen, prompt, rejected\): a pair, where a row of one completion"),
+    "a pair without prompt": (row(prompt=None), "no key 'completion' .*: a pair, where"),
 }
 
 
@@ -126,24 +133,23 @@ def tokenizer_place(tmp_path_factory):
 
 
 def check_bad_row(place, bad, good, expected, pairs):
-    from redi.tokenizer import Tokenizer
-
     bad = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
     (place / "rows.jsonl").write_bytes(json.dumps(good).encode() + b"\n\n" + bad + b"\n" + json.dumps(good).encode())
-    settings = data.TokenSettings(pairs, 999, 999, 999)
+    settings, tokenizer = TokenSettings(pairs, 999, 999, 999), Tokenizer.from_pretrained(place / "model")
     before = os.listdir(place)
 
     def load():
-        data.load_dataset(place / "rows.jsonl", Tokenizer.from_pretrained(place / "model"), settings, place / "cache")
+        data.load_dataset(place / "rows.jsonl", tokenizer, settings, place)
 
     if expected is None:
         load()
-        (place / "cache").unlink()
+        for file in place.glob("rows.jsonl.tokens-*"):
+            file.unlink()
     else:
         with pytest.raises(ValueError, match=f"rows.jsonl, line 3: .*{expected}") as error:
             load()
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    assert os.listdir(place) == before or expected is None
+    assert sorted(os.listdir(place)) == sorted(before)
 
 
 @pytest.mark.parametrize("case", BAD_PAIRS)
@@ -216,6 +222,101 @@ def test_a_vocabulary_smaller_than_the_tokenizers(place):
     refused(place, f"the tokenizer has ids up to {highest}, but the model's vocabulary has {highest} entries")
 
 
+def write_directory(directory: Path, config: dict, ids: int, added: dict[int, str], eos_token: str) -> Path:
+    """A model directory without weights, and a tokenizer of so many ids."""
+    directory.mkdir()
+    vocabulary = {added.get(id, f"word{id}"): id for id in range(ids)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="word9"))
+    tokenizer.add_special_tokens(list(added.values()))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+    (directory / "config.json").write_text(json.dumps({**tiny.QWEN2, **config}))
+    return directory
+
+
+QWEN_TOKENS = {151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>"}
+LLAMA3_TOKENS = {128000: "<|begin_of_text|>", 128001: "<|end_of_text|>", 128008: "<|eom_id|>", 128009: "<|eot_id|>"}
+LLAMA_TOKENS = {0: "<unk>", 1: "<s>", 2: "</s>"}
+SMOLLM_TOKENS = {0: "<|endoftext|>", 1: "<|im_start|>", 2: "<|im_end|>"}
+DEEPSEEK_TOKENS = {151643: "<|end_of_sentence|>", 151646: "<|begin_of_sentence|>"}
+MODELS = {  # the vocabulary and the ids in config.json
+    "Qwen2.5-Math-1.5B": {"vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151643},
+    "Qwen2.5-7B-Instruct": {"vocab_size": 152064, "bos_token_id": 151643, "eos_token_id": 151645},
+    "Qwen3-0.6B": {"vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151645},
+    "Llama-3-8B-Instruct": {"vocab_size": 128256, "bos_token_id": 128000, "eos_token_id": 128001},
+    "Llama-3.1-8B-Instruct": {"vocab_size": 128256, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]},
+    "SmolLM2-135M-Instruct": {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2},
+    "Llama-2-7b": {"vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2},
+    "DeepSeek-R1-Distill-Qwen-1.5B": {"vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151643},
+    "deepseek-llm-7b-base": {"vocab_size": 102400, "bos_token_id": 100000, "eos_token_id": 100001},
+    "made by hand": {"vocab_size": 151936},
+}
+TOKENIZERS = {  # of the same models: how many ids, the special ones among them, and tokenizer_config.json's eos_token
+    "Qwen2.5-Math-1.5B": (151665, QWEN_TOKENS, "<|endoftext|>"),
+    "Qwen2.5-7B-Instruct": (151665, QWEN_TOKENS, "<|im_end|>"),
+    "Qwen3-0.6B": (151669, QWEN_TOKENS, "<|im_end|>"),
+    "Llama-3-8B-Instruct": (128256, LLAMA3_TOKENS, "<|eot_id|>"),
+    "Llama-3.1-8B-Instruct": (128256, LLAMA3_TOKENS, "<|eot_id|>"),
+    "SmolLM2-135M-Instruct": (49152, SMOLLM_TOKENS, "<|im_end|>"),
+    "Llama-2-7b": (32000, LLAMA_TOKENS, "</s>"),
+    "DeepSeek-R1-Distill-Qwen-1.5B": (151665, DEEPSEEK_TOKENS, "<|end_of_sentence|>"),
+    "deepseek-llm-7b-base": (100015, {100000: "<|begin_of_sentence|>", 100001: "<|end_of_sentence|>"},
+                             "<|end_of_sentence|>"),
+    "made by hand": (300, SMOLLM_TOKENS, "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_models_own_tokenizer_is_accepted(tmp_path, name):
+    """However much the vocabulary is padded, and whatever else the files say that does not agree."""
+    directory = write_directory(tmp_path / "model", MODELS[name], *TOKENIZERS[name])
+    assert load_config(directory, Tokenizer.from_pretrained(directory)).vocab_size == MODELS[name]["vocab_size"]
+
+
+@pytest.mark.parametrize("model, tokenizer, message", [
+    ("Qwen2.5-Math-1.5B", "SmolLM2-135M-Instruct", "expected a special token at 151643, the eos_token_id of "
+     "config.json, found '' in tokenizer.json: it is the tokenizer of another model"),
+    ("Qwen3-0.6B", "Llama-3-8B-Instruct", "expected a special token at 151645, .* found '' in"),
+    ("Llama-3.1-8B-Instruct", "SmolLM2-135M-Instruct", "expected a special token at 128001, .* found '' in"),
+    ("Qwen2.5-Math-1.5B", "made by hand", "expected a special token at 151643"),
+    ("deepseek-llm-7b-base", "SmolLM2-135M-Instruct", "expected a special token at 100001"),
+    ("SmolLM2-135M-Instruct", "Llama-2-7b", "expected a tokenizer of about 49152 ids, the size of the model's "
+     "vocabulary, found one of 32000: it is the tokenizer of another model"),
+    ("Llama-3-8B-Instruct", "Qwen2.5-Math-1.5B", "the tokenizer has ids up to 151664, but the model's vocabulary has"),
+])  # fmt: skip
+def test_another_models_tokenizer_is_refused(tmp_path, model, tokenizer, message):
+    directory = write_directory(tmp_path / "model", MODELS[model], *TOKENIZERS[tokenizer])
+    with pytest.raises(ValueError, match=f"model: {message}"):
+        load_config(directory, Tokenizer.from_pretrained(directory))
+
+
+def test_a_model_directory_with_another_models_tokenizer(place):
+    raw = json.loads((place / "model" / "config.json").read_text())
+    word, = Tokenizer.from_pretrained(place / "model").encode("A")
+    (place / "model" / "config.json").write_text(json.dumps(raw | {"eos_token_id": word}))
+    refused(place, f"model: expected a special token at {word}, the eos_token_id of config.json, found 'A' in token")
+    (place / "model" / "config.json").write_text(json.dumps(raw | {"eos_token_id": [word, 2]}))
+    train.main(arguments(place))
+
+
+def test_held_out_rows_of_the_wrong_kind(place):
+    refused(place, "positives.jsonl, line 1: no key 'chosen' .*: a row of one completion, where a pair is expected",
+            eval_data=place / "positives.jsonl")
+    refused(place, "pairs.jsonl, line 1: no key 'completion' .*: a pair, where a row of one completion is expected",
+            method="sft", eval_data=place / "pairs.jsonl")
+
+
+def test_held_out_rows_that_are_trained_on(place):
+    """By the same path, by another one, as a copy, and as a copy that differs in what is not trained on."""
+    (place / "linked.jsonl").symlink_to(place / "pairs.jsonl")
+    (place / "copied.jsonl").write_bytes((place / "pairs.jsonl").read_bytes())
+    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    (place / "renamed.jsonl").write_text("".join(json.dumps(row | {"id": "other"}) + "\n\n" for row in rows))
+    for name in ("pairs.jsonl", "linked.jsonl", "copied.jsonl", "renamed.jsonl"):
+        refused(place, f"{name} holds the rows of .*pairs.jsonl: --eval-data is for rows that are not trained on",
+                eval_data=place / name)
+
+
 def test_weights_that_do_not_fit_the_config(place):
     tensors = load_file(place / "model" / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(7)
@@ -258,7 +359,7 @@ def test_a_full_disk_while_tokenising(place, monkeypatch):
     def full(*args, **options):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(data, "save_file", full)
+    monkeypatch.setattr(cache, "save_file", full)
     with pytest.raises(OSError, match="cannot write .*pairs.jsonl.tokens-.*No space left"):
         train.main(arguments(place))
     assert not (place / "out").exists()
@@ -267,30 +368,33 @@ def test_a_full_disk_while_tokenising(place, monkeypatch):
 # Settings
 
 BAD_SETTINGS = [
-    ({"batch_size": 0}, "--batch-size is 0; it must be above 0"),
-    ({"batch_size": -4}, "--batch-size is -4"),
-    ({"lr": 0}, "--lr is 0.0"),
-    ({"lr": "nan"}, "--lr is nan"),
-    ({"lr": "inf"}, "--lr is inf"),
-    ({"epochs": "inf", "steps": None}, "--epochs is inf"),
-    ({"epochs": 0, "steps": None}, "--epochs is 0.0"),
-    ({"steps": 0}, "--steps is 0"),
-    ({"warmup": 1.5}, "--warmup is 1.5"),
-    ({"warmup": "nan"}, "--warmup is nan"),
-    ({"alpha": -0.1}, "--alpha is -0.1"),
-    ({"alpha": "nan"}, "--alpha is nan"),
-    ({"weight_decay": -1}, "--weight-decay is -1.0"),
-    ({"max_grad_norm": 0}, "--max-grad-norm is 0.0"),
-    ({"seed": -1}, "--seed is -1"),
-    ({"save_every": -1}, "--save-every is -1"),
-    ({"keep_checkpoints": -1}, "--keep-checkpoints is -1"),
-    ({"max_skipped": -1}, "--max-skipped is -1"),
-    ({"log_every": 0}, "--log-every is 0"),
-    ({"micro_batch_tokens": 0}, "--micro-batch-tokens is 0"),
-    ({"max_tokens": 0}, "--max-tokens is 0"),
-    ({"rope_theta": -5}, "rope_theta is -5.0; expected a positive number"),
-    ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
-    ({"loss_on_prompt": True}, "--loss-on-prompt is for sft"),
+    ({"batch_size": 0}, "--batch-size: '0' is not a whole number above 0"),
+    ({"batch_size": -4}, "--batch-size: '-4' is not a whole number above 0"),
+    ({"batch_size": 2.5}, "--batch-size: '2.5' is not a whole number above 0"),
+    ({"lr": 0}, "--lr: '0' is not a number above 0"),
+    ({"lr": "nan"}, "--lr: 'nan' is not a number above 0"),
+    ({"lr": "inf"}, "--lr: 'inf' is not a number above 0"),
+    ({"lr": "fast"}, "--lr: 'fast' is not a number above 0"),
+    ({"epochs": "inf", "steps": None}, "--epochs: 'inf' is not"),
+    ({"epochs": 0, "steps": None}, "--epochs: '0' is not"),
+    ({"steps": 0}, "--steps: '0' is not"),
+    ({"warmup": 1.5}, "--warmup: '1.5' is not a share from 0 to 1"),
+    ({"warmup": "nan"}, "--warmup: 'nan' is not"),
+    ({"alpha": -0.1}, "--alpha: '-0.1' is not a number from 0 up"),
+    ({"alpha": "nan"}, "--alpha: 'nan' is not"),
+    ({"weight_decay": -1}, "--weight-decay: '-1' is not"),
+    ({"max_grad_norm": 0}, "--max-grad-norm: '0' is not"),
+    ({"seed": -1}, "--seed: '-1' is not a whole number from 0 up"),
+    ({"save_every": -1}, "--save-every: '-1' is not"),
+    ({"keep_checkpoints": -1}, "--keep-checkpoints: '-1' is not"),
+    ({"max_skipped": -1}, "--max-skipped: '-1' is not"),
+    ({"log_every": 0}, "--log-every: '0' is not"),
+    ({"eval_every": 0}, "--eval-every: '0' is not a whole number above 0"),
+    ({"micro_batch_tokens": 0}, "--micro-batch-tokens: '0' is not"),
+    ({"max_tokens": 0}, "--max-tokens: '0' is not"),
+    ({"rope_theta": -5}, "--rope-theta: '-5' is not a number above 0"),
+    ({"max_position_embeddings": 0}, "--max-position-embeddings: '0' is not"),
+    ({"dtype": "float16"}, "--dtype: invalid choice: 'float16'"),
     ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
 ]
 
@@ -302,7 +406,18 @@ def test_settings_out_of_range(place, changes, expected):
 
 @pytest.mark.parametrize("changes", [{"beta": 0}, {"beta": "nan"}, {"label_smoothing": 0.6}, {"label_smoothing": -1}])
 def test_settings_of_dpo_out_of_range(place, changes):
-    refused(place, "--(beta|label-smoothing) is", method="dpo", **changes)
+    refused(place, "--(beta|label-smoothing): '.*' is not", method="dpo", **changes)
+
+
+@pytest.mark.parametrize("method, flag, owners", [
+    ("redi", "--loss-on-prompt", "sft"), ("dpo", "--gamma=3", "simpo"), ("sft", "--alpha=1", "redi"),
+    ("redi", "--beta=2", "dpo and simpo"), ("simpo", "--label-smoothing=0.1", "dpo"),
+])  # fmt: skip
+def test_flags_of_another_method_are_refused(place, method, flag, owners):
+    before = contents(place)
+    with pytest.raises(ValueError, match=f"^{method} has no flag {flag.partition('=')[0]}: it is for {owners}$"):
+        train.main([*arguments(place, method), flag])
+    assert contents(place) == before
 
 
 # As a command
@@ -324,10 +439,10 @@ def test_the_command_says_one_sentence_and_fails(place):
 
 
 def test_an_unknown_method_or_flag_fails(place):
-    for words in (["grpo"], [*arguments(place), "--learning-rate", "1"]):
-        with pytest.raises(SystemExit) as error:
+    for words, message in ((["grpo"], "argument METHOD: invalid choice: 'grpo'"),
+                           ([*arguments(place), "--learning-rate", "1"], "^redi has no flag --learning-rate$")):
+        with pytest.raises(ValueError, match=message):
             train.main(words)
-        assert error.value.code == 2
 
 
 def test_the_output_of_another_run_is_left_alone(place):

@@ -3,13 +3,16 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import evaluate
-from redi import checkpoint, data
-from redi.metrics import MetricsLog, append_row
+from redi import cache, checkpoint, data
+from redi.files import append_row, write_atomically
+from redi.rows import TokenSettings
+from redi.run import MetricsLog
 from redi.tokenizer import Tokenizer
 from tests import tiny
 
@@ -18,47 +21,48 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_any_changed_byte_of_a_saved_tensor_is_noticed(tmp_path):
+def test_any_changed_byte_of_a_cached_array_is_noticed(tmp_path):
     path = tmp_path / "logps.safetensors"
-    tensors = {"reference_logps": torch.arange(6.0).view(3, 2)}
-    checkpoint.save_tensors(tensors, path)
+    arrays = {"reference_logps": np.arange(6.0, dtype=np.float32).reshape(3, 2)}
+    cache.save_arrays(path, arrays)
     whole, header = path.read_bytes(), 8 + int.from_bytes(path.read_bytes()[:8], "little")
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         try:
-            found = checkpoint.load_tensors(path)
+            found, _ = cache.load_arrays(path)
         except ValueError as error:
             assert "logps.safetensors" in str(error)
         else:  # a letter of the header that nothing depends on
-            assert at < header and found.keys() == tensors.keys()
-            assert found["reference_logps"].equal(tensors["reference_logps"])
+            assert at < header and found.keys() == arrays.keys()
+            assert (found["reference_logps"] == arrays["reference_logps"]).all()
     save_file({"reference_logps": torch.zeros(3, 2)}, path)
-    with pytest.raises(ValueError, match="logps.safetensors does not match its checksum; delete it"):
-        checkpoint.load_tensors(path)
+    with pytest.raises(ValueError, match="logps.safetensors is damaged .its checksum is another.; delete it"):
+        cache.load_arrays(path)
 
 
 def test_any_changed_token_id_in_a_cache_is_noticed(tmp_path):
     tiny.write_tokenizer(tmp_path / "model")
     tiny.write_rows(tmp_path, examples=2)
     tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
-    settings, cache = data.TokenSettings(True, 999, 999, 999), tmp_path / "cache"
-    first = data.load_dataset(tmp_path / "pairs.jsonl", tokenizer, settings, cache)
+    arguments = tmp_path / "pairs.jsonl", tokenizer, TokenSettings(True, 999, 999, 999), tmp_path
+    first = data.load_dataset(*arguments)
+    (file,) = tmp_path.glob("pairs.jsonl.tokens-*")
     ids = first.ids.tolist()  # read now: the file is mapped
-    whole, start = cache.read_bytes(), 8 + int.from_bytes(cache.read_bytes()[:8], "little")
+    whole, start = file.read_bytes(), 8 + int.from_bytes(file.read_bytes()[:8], "little")
     for at in range(start, len(whole), 7):
-        cache.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-        with pytest.raises(ValueError, match="cache is damaged .*delete it"):
-            data.load_dataset(tmp_path / "pairs.jsonl", tokenizer, settings, cache)
-    save_file({"lines": torch.zeros(2)}, cache)
-    with pytest.raises(ValueError, match="cache is damaged"):
-        data.load_dataset(tmp_path / "pairs.jsonl", tokenizer, settings, cache)
-    cache.write_bytes(whole)
-    again = data.load_dataset(tmp_path / "pairs.jsonl", tokenizer, settings, cache)
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=f"{file.name} is damaged .*delete it"):
+            data.load_dataset(*arguments)
+    save_file({"lines": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+        data.load_dataset(*arguments)
+    file.write_bytes(whole)
+    again = data.load_dataset(*arguments)
     assert again.digest == first.digest and again.ids.tolist() == ids
 
 
 @pytest.mark.parametrize("steps, message", [
-    ([1, 1], "line 2: step 1 after step 1"), ([1, 3, 2], "line 3: step 2 after step 3"), ([0], "line 1: step 0 after"),
+    ([1, 1], "line 2: step 1 after step 1"), ([1, 3, 2], "line 3: step 2 after step 3"), ([0, 0], "line 2: step 0 after step 0"), ([-1], "line 1: step -1 after"),
     ([1, None], "line 2: step None"), ([1, True], "line 2: step True"), (["1"], "line 1: step '1'"),
 ])  # fmt: skip
 def test_a_log_whose_steps_do_not_rise_is_refused_and_kept(tmp_path, steps, message):
@@ -144,10 +148,10 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         append_row("/dev/full", {"step": 1})
     with pytest.raises(OSError, match="No space left on device: '.*results.json'"):
-        with data.write_atomically(tmp_path / "results.json") as file:
+        with write_atomically(tmp_path / "results.json") as file:
             with open("/dev/full", "w", buffering=1) as full:
                 full.write("a line\n")
-            file.write("{}")
+            file.write(b"{}")
     assert os.listdir(tmp_path) == []
 
 

@@ -1,31 +1,26 @@
 """From JSONL rows to packed micro-batches: every accepted form, labels by hand, and who gets which rows."""
 
-import json
 import os
+import shutil
+import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from redi import data
-from redi.data import (
-    Dataset, TokenSettings, cache_name, epoch_order, load_dataset, pack, partition, read_examples, read_jsonl,
-    step_rows, write_atomically,
-)
+from redi.data import Dataset, epoch_order, load_dataset, pack, partition, step_rows
 from redi.losses import sequence_logps
+from redi.rows import TokenSettings
 from redi.tokenizer import Tokenizer
 from tests import tiny
+from tests.conftest import ROOT
+from tests.test_rows import PAIR_FORMS, POSITIVES, assistant, user, write
 
 SFT = TokenSettings(pairs=False, max_prompt=10**6, max_response=10**6, max_total=10**6)
 PAIRS = TokenSettings(pairs=True, max_prompt=10**6, max_response=10**6, max_total=10**6)
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 @pytest.fixture(scope="module")
@@ -35,55 +30,12 @@ def tokenizer(tmp_path_factory):
     return Tokenizer.from_pretrained(directory)
 
 
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def load(path, tokenizer, settings):
-    return load_dataset(path, tokenizer, settings, path.with_name(cache_name(path, tokenizer, settings)))
+    return load_dataset(path, tokenizer, settings, path.parent)
 
 
-# Rows
-
-Q, A, B = [user("2+2?")], assistant("4"), assistant("5")
-SYSTEM = {"role": "system", "content": "Add."}
-POSITIVES = {
-    "conversational": ({"prompt": Q, "completion": [A]}, Q, ("4",)),
-    "strings": ({"prompt": "2+2=", "completion": "4"}, "2+2=", ("4",)),
-    "string prompt, messages": ({"prompt": "2+2?", "completion": [A]}, Q, ("4",)),
-    "messages": ({"messages": [SYSTEM, *Q, A]}, [SYSTEM, *Q], ("4",)),
-    "several turns": ({"messages": [*Q, A, user("sure?"), B]}, [*Q, A, user("sure?")], ("5",)),
-    "other columns": ({"id": 7, "source": None, "prompt": Q, "completion": [A]}, Q, ("4",)),
-}
-PAIR_FORMS = {
-    "conversational": ({"prompt": Q, "chosen": [A], "rejected": [B]}, Q, ("4", "5")),
-    "system message": ({"prompt": [SYSTEM, *Q], "chosen": [A], "rejected": [B]}, [SYSTEM, *Q], ("4", "5")),
-    "strings": ({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, "2+2=", ("4", "5")),
-    "implicit prompt": ({"chosen": [*Q, A], "rejected": [*Q, B]}, Q, ("4", "5")),
-    "implicit strings": ({"chosen": "2+2 is 4", "rejected": "2+2 is five"}, "2+2 is", (" 4", " five")),
-    "implicit strings, no space": ({"chosen": "ab", "rejected": "ac"}, "a", ("b", "c")),
-    # The official code's rows: the prompt as a string, and again within the messages.
-    "official": ({"prompt": "2+2?", "chosen": [*Q, A], "rejected": [*Q, B]}, Q, ("4", "5")),
-    "prompt repeated": ({"prompt": Q, "chosen": [*Q, A], "rejected": [*Q, B]}, Q, ("4", "5")),
-    "string prompt, messages": ({"prompt": "2+2?", "chosen": [A], "rejected": [B]}, Q, ("4", "5")),
-    "several turns": ({"chosen": [*Q, A, user("sure?"), A], "rejected": [*Q, A, user("sure?"), B]},
-                      [*Q, A, user("sure?")], ("4", "5")),
-}
-
-
-@pytest.mark.parametrize("form", POSITIVES)
-def test_forms_of_positives(tmp_path, form):
-    row, prompt, completions = POSITIVES[form]
-    example, = read_examples(write(tmp_path / "p.jsonl", row), pairs=False)
-    assert (example.line, example.prompt, example.completions) == (1, prompt, completions)
-
-
-@pytest.mark.parametrize("form", PAIR_FORMS)
-def test_forms_of_pairs(tmp_path, form):
-    row, prompt, completions = PAIR_FORMS[form]
-    example, = read_examples(write(tmp_path / "p.jsonl", row), pairs=True)
-    assert (example.line, example.prompt, example.completions) == (1, prompt, completions)
+def caches(path) -> set:
+    return set(path.parent.glob(f"{path.name}.tokens-*.safetensors"))
 
 
 def test_all_conversational_forms_give_the_same_ids(tmp_path, tokenizer):
@@ -91,32 +43,6 @@ def test_all_conversational_forms_give_the_same_ids(tmp_path, tokenizer):
     dataset = load(write(tmp_path / "p.jsonl", *(PAIR_FORMS[form][0] for form in forms)), tokenizer, PAIRS)
     rows = [sequence_ids(dataset, 2 * i) + sequence_ids(dataset, 2 * i + 1) for i in range(len(forms))]
     assert all(row == rows[0] for row in rows)
-
-
-def test_blank_lines_count_as_lines(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text("\n" + json.dumps(POSITIVES["strings"][0]) + "\n\n  \n" + json.dumps(POSITIVES["messages"][0]))
-    assert [example.line for example in read_examples(path, pairs=False)] == [2, 5]
-
-
-def test_read_jsonl_accepts_a_byte_order_mark_and_windows_line_ends(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": "\\u00e9\xc3\xa9"}\r\n')
-    assert list(read_jsonl(path)) == [(1, {"a": 1}), (2, {"a": "éé"})]
-
-
-def test_write_atomically_writes_all_or_nothing(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError):
-        with write_atomically(path) as file:
-            file.write("new")
-            raise RuntimeError
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
-    with write_atomically(path) as file:
-        file.write("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and os.listdir(tmp_path) == ["x.txt"]
 
 
 # Ids and labels
@@ -235,25 +161,67 @@ def test_the_cache_is_used_again_and_depends_on_all_that_decides_the_ids(tmp_pat
     row = {"prompt": [user("1+2?")], "completion": [assistant("3")]}
     path = write(tmp_path / "p.jsonl", row)
     first = load(path, tokenizer, SFT)
-    calls = []
-    monkeypatch.setattr(data, "_encode", lambda *args: calls.append(args))
+    tokenize, calls = data.encode_rows, []
+    monkeypatch.setattr(data, "encode_rows", lambda *args: calls.append(args) or tokenize(*args))
     again = load(path, tokenizer, SFT)
     assert not calls and sequence_ids(first, 0) == sequence_ids(again, 0) and first.digest == again.digest
 
-    names = {cache_name(path, tokenizer, SFT)}
-    names.add(cache_name(path, tokenizer, PAIRS))
-    names.add(cache_name(path, tokenizer, TokenSettings(False, 10**6, 10**6, 10**6, prefill="")))
-    names.add(cache_name(path, tokenizer, TokenSettings(False, 10**6, 10**6, 10**6, system_prompt="")))
-    names.add(cache_name(path, tokenizer, TokenSettings(False, 10**6, 10**6, 10**6, loss_on_prompt=True)))
+    load(path, tokenizer, TokenSettings(False, 10**6, 10**6, 10**6, prefill=""))
+    load(path, tokenizer, TokenSettings(False, 10**6, 10**6, 10**6, system_prompt=""))
+    load(path, tokenizer, TokenSettings(False, 10**6, 10**6, 10**6, loss_on_prompt=True))
     other = tmp_path / "other"
     tiny.write_tokenizer(other, vocab_size=300)
-    names.add(cache_name(path, Tokenizer.from_pretrained(other), SFT))
+    load(path, Tokenizer.from_pretrained(other), SFT)
     (other / "tokenizer.json").write_bytes((tokenizer.directory / "tokenizer.json").read_bytes())
     (other / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}<|im_end|>")
-    names.add(cache_name(path, Tokenizer.from_pretrained(other), SFT))
+    load(path, Tokenizer.from_pretrained(other), SFT)
     write(path, row, row)
-    names.add(cache_name(path, tokenizer, SFT))
-    assert len(names) == 8
+    load(path, tokenizer, SFT)
+    assert len(calls) == 6 and len(caches(path)) == 7
+
+
+@pytest.mark.parametrize("file", ["rows.py", "data.py", "tokenizer.py", "chat_template.py"])
+def test_who_edits_what_reads_rows_gets_fresh_ids(tmp_path, file):
+    """On a copy of the package: the same rows, before and after a change of its source, in processes of their own."""
+    shutil.copytree(ROOT / "redi", tmp_path / "redi")
+    tiny.write_tokenizer(tmp_path / "model")
+    path = write(tmp_path / "p.jsonl", PAIR_FORMS["strings"][0])
+    program = (
+        "from pathlib import Path; from redi.data import load_dataset; from redi.rows import TokenSettings; "
+        "from redi.tokenizer import Tokenizer; d = load_dataset(Path('p.jsonl'), Tokenizer.from_pretrained('model'), "
+        "TokenSettings(True, 999, 999, 999), Path('.')); print(d.ids.tolist())"
+    )
+
+    def ids() -> str:
+        run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    before = ids()
+    assert ids() == before and len(caches(path)) == 1
+    source = (tmp_path / "redi" / file).read_text()
+    swapped = source.replace('_field(row, "chosen"), _field(row, "rejected")', '_field(row, "rejected"), _field(row, "chosen")')
+    assert (swapped != source) == (file == "rows.py")  # good and bad exchanged; elsewhere a comment is a change too
+    (tmp_path / "redi" / file).write_text(swapped + "# changed\n")
+    assert (ids() != before) == (file == "rows.py") and len(caches(path)) == 2
+
+
+def test_a_cache_is_readable_by_whom_the_umask_says(tmp_path, tokenizer):
+    path = write(tmp_path / "p.jsonl", POSITIVES["conversational"][0])
+    before = os.umask(0o027)
+    try:
+        load(path, tokenizer, SFT)
+    finally:
+        os.umask(before)
+    (cache,) = caches(path)
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o640
+
+
+def test_ids_go_to_the_other_directory_where_the_data_may_not_be_written_beside(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "p.jsonl", POSITIVES["conversational"][0])
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    load_dataset(path, tokenizer, SFT, tmp_path / "out")
+    assert not caches(path) and len(list((tmp_path / "out").glob("p.jsonl.tokens-*.safetensors"))) == 1
 
 
 def test_the_digest_is_of_the_ids_and_labels(tmp_path, tokenizer):
@@ -278,11 +246,11 @@ def test_an_interrupted_tokenisation_leaves_no_cache(tmp_path, tokenizer):
 @pytest.mark.parametrize("damage", [b"", b"\x10\0\0\0\0\0\0\0not a header....", None])
 def test_a_damaged_cache_is_named(tmp_path, tokenizer, damage):
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "completion": "b"})
-    cache = path.with_name(cache_name(path, tokenizer, SFT))
-    load_dataset(path, tokenizer, SFT, cache)
+    load(path, tokenizer, SFT)
+    (cache,) = caches(path)
     cache.write_bytes(cache.read_bytes()[:-3] if damage is None else damage)
     with pytest.raises(ValueError, match="tokens-[0-9a-f]{16}.safetensors is damaged.*delete it"):
-        load_dataset(path, tokenizer, SFT, cache)
+        load(path, tokenizer, SFT)
 
 
 # Who gets which rows

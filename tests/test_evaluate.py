@@ -1,7 +1,9 @@
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,9 +12,12 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from redi import toy
-from redi.checkpoint import load_pretrained, save_pretrained
-from redi.generation import generate
+from redi import results, toy
+from redi import samples as store
+from redi.generation import Request, generate
+from redi.pretrained import load_pretrained, save_pretrained
+from redi.problems import read_benchmark
+from redi.sampling import sample_key
 from redi.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +34,8 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def problems(tmp_path) -> Path:
-    return write(tmp_path / "sums.jsonl", [{"id": f"s{i}", "problem": f"{i}+{i}", "answer": str(2 * i)} for i in range(5)])
+    rows = [{"id": f"s{i}", "problem": f"{i}+{i}", "answer": str(2 * i)} for i in range(5)]
+    return write(tmp_path / "sums.jsonl", rows)
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -49,8 +55,8 @@ def run(model, problems, output, *more) -> dict:
 
 
 def command(*argv, ranks=None) -> list[str]:
-    start = [sys.executable] if ranks is None else [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    return [*start, str(ROOT / "evaluate.py"), *map(str, argv)]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks else []
+    return [sys.executable, *torchrun, str(ROOT / "evaluate.py"), *map(str, argv)]
 
 
 def test_samples_and_results(model, problems, tmp_path, capsys):
@@ -62,13 +68,17 @@ def test_samples_and_results(model, problems, tmp_path, capsys):
     assert all(s["response"].startswith("<think>\n") for s in samples)
     assert (row["benchmark"], row["problems"], row["samples"]) == ("sums", 5, 3)
     assert row["pass@1"] == sum(s["correct"] for s in samples) / 15
+    assert row["boxed"] == sum(s["answer"] is not None for s in samples) / 15
+    assert {"sem", "sem_problems"} <= set(row)
     assert row["truncated"] == sum(s["finish_reason"] == "length" for s in samples) / 15
     assert row["mean_tokens"] == sum(s["tokens"] for s in samples) / 15
     assert set(row["pass@k"]) == {"1", "2", "3"}
     assert row["settings"]["temperature"] == 0.6 and row["settings"]["prefill"] == "<think>\n"
     assert {"checker", "torch", "tokenizers"} <= set(row["versions"])
     printed = capsys.readouterr()
-    assert re.search(r"sums +\S+-final +5 +\d+\.\d ± \d+\.\d +\d+\.\d \(k = 3\) +\d+\.\d % +\d+", printed.out)
+    header, line = printed.out.splitlines()
+    assert re.split("  +", header)[3:] == ["pass@1", "± runs", "± problems", "pass@k", "boxed", "truncated", "tokens"]
+    assert re.fullmatch(r"sums +\S+-final +5( +\d+\.\d){3} +\d+\.\d \(k = 3\)( +\d+\.\d %){2} +\d+", line)
     assert "context of 128 tokens" in printed.err
 
 
@@ -79,7 +89,7 @@ def test_the_response_is_the_text_of_the_sampled_ids(model, problems, tmp_path):
     for sample in read(next((tmp_path / "out").rglob("samples.jsonl"))):
         message = {"role": "user", "content": f"{sample['id'][1:]}+{sample['id'][1:]}"}
         prompt_ids = tokenizer.encode(tokenizer.render_prompt([message]) + "<think>\n")
-        request = evaluate.Request(prompt_ids, evaluate.sample_key(4, sample["id"], 0), 128 - len(prompt_ids))
+        request = Request(prompt_ids, sample_key(4, sample["id"], 0), 128 - len(prompt_ids))
         [(_, ids, reason)] = generate(weights, [request], tokenizer.stop_ids)
         assert (sample["finish_reason"], sample["tokens"]) == (reason, len(ids))
         text = tokenizer.decode(ids[:-1] if reason == "stop" else ids)
@@ -90,12 +100,16 @@ def killed_after(lines: int, out: Path, start: list[str]) -> None:
     """Start a command and kill -9 it once it has drawn that many samples. Of torchrun only the parent is
     killed."""
     process = subprocess.Popen(start, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 100
+    wait_for_lines(lines, out, process)
+    process.kill()
+    process.wait()
+
+
+def wait_for_lines(lines: int, out: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
     while sum(path.read_bytes().count(b"\n") for path in out.rglob("samples*.jsonl")) < lines:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
-    process.kill()
-    process.wait()
 
 
 def check_finishes_as_if_nothing_had_happened(start: list[str], expected: Path, out: Path) -> None:
@@ -118,6 +132,25 @@ def test_killed_and_continued_with_two_ranks_gives_the_same_bytes(model, problem
     check_finishes_as_if_nothing_had_happened(command(*argv, ranks=2), tmp_path / "expected", out)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_its_status_and_says_how_to_go_on(model, problems, tmp_path, number):
+    out = tmp_path / "out"
+    start = command("--model", model, "--problems", problems, "--output", out, "--samples", 4000)  # a minute's work
+    process = subprocess.Popen(start, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_lines(3, out, process)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 128 + number
+    assert stderr.splitlines()[-1] == "interrupted; the same command continues where it stopped"
+    assert "Traceback" not in stderr and "pass@1" not in stdout
+    drawn = read(next(out.rglob("samples.jsonl")))  # whole lines only
+    expected = run(model, problems, tmp_path / "expected", "--samples", "4")
+    assert run(model, problems, out, "--samples", "4") == expected
+    kept = {(s["id"], s["sample"]): s for s in read(next(out.rglob("samples.jsonl")))}
+    undisturbed = read(next((tmp_path / "expected").rglob("samples.jsonl")))
+    assert all(kept[s["id"], s["sample"]] == s for s in drawn + undisturbed)
+
+
 @pytest.mark.slow
 def test_killed_torchrun_and_continued_with_three_ranks_gives_the_same_bytes(model, problems, tmp_path):
     run(model, problems, tmp_path / "expected", "--samples", "40")
@@ -131,9 +164,9 @@ def test_killed_torchrun_and_continued_with_three_ranks_gives_the_same_bytes(mod
 def test_two_runs_do_not_write_to_one_folder(model, problems, tmp_path, monkeypatch):
     run(model, problems, tmp_path / "out")
     clock = iter(range(0, 10**6, 6))
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: None)
-    with evaluate.locked(next((tmp_path / "out").rglob("sums"))):
+    monkeypatch.setattr(store.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(store.time, "sleep", lambda seconds: None)
+    with store._locked(next((tmp_path / "out").rglob("sums"))):
         with pytest.raises(ValueError, match="another evaluation is writing here"):
             run(model, problems, tmp_path / "out")
 
@@ -145,6 +178,63 @@ def test_a_rerun_draws_nothing_and_changes_no_byte(model, problems, tmp_path, mo
     monkeypatch.setattr(evaluate, "load_pretrained", None)
     run(model, problems, tmp_path / "out")
     assert files == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_lines_tell_the_progress_where_there_is_no_terminal(model, problems, tmp_path, monkeypatch, capsys):
+    """With a clock that is 10 s later at each look: a line at every third, from before the first sample on."""
+    looks = itertools.count()
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: 10 * next(looks))
+    [row] = run(model, problems, tmp_path / "out")["results"]
+    lines = re.findall(r"-final: (\d+) of 15 samples, (\d+) tokens/s\n", capsys.readouterr().err)
+    assert len(lines) > 3 and lines[0][0] == "0"
+    assert sorted(lines, key=lambda line: int(line[0])) == lines and int(lines[-1][0]) <= 15
+    passes = 5 + row["mean_tokens"] * 15 / 16  # of the model, at least; a look each
+    assert passes / 3 - 1 <= len(lines) <= (next(looks) - 1) / 3
+
+
+def test_lines_of_progress_by_hand(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now)
+    monkeypatch.setattr(evaluate, "world_size", lambda: 8)
+    progress = evaluate.Progress("sft-final", 40)
+    for now, tokens in ((129.9, 20), (130.0, 40), (159.0, 60), (160.0, 30)):
+        progress.count_tokens(tokens)
+        progress.count_sample()
+    assert capsys.readouterr().err == (
+        "sft-final: 1 of 40 samples of the first of 8 processes, 2 tokens/s\n"  # 60 in 30 s
+        "sft-final: 3 of 40 samples of the first of 8 processes, 2 tokens/s\n"  # 150 in 60 s: 2.5
+    )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a bar, and no lines
+    progress, now = evaluate.Progress("sft-final", 40), 200.0
+    progress.count_tokens(5)
+    progress.bar.close()
+    assert "sft-final:" in (printed := capsys.readouterr().err) and "tokens/s" not in printed
+
+
+def test_a_rank_that_fails_alone_says_why(model, problems, tmp_path, monkeypatch, capsys):
+    def full_disk(*args):
+        raise OSError(28, "No space left on device", "samples.rank-1.jsonl")
+
+    monkeypatch.setattr(evaluate, "draw", full_disk)
+    with pytest.raises(OSError):
+        run(model, problems, tmp_path / "out")
+    assert "error: " not in capsys.readouterr().err  # the first rank's error is told by run_command
+    monkeypatch.setattr(evaluate, "local_rank", lambda: 1)
+    with pytest.raises(OSError):
+        run(model, problems, tmp_path / "out")
+    assert "error: [Errno 28] No space left on device: 'samples.rank-1.jsonl'\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"results": 3}', '{"results": [{"model": "a", "benchmark": "b"}]}']
+)
+def test_results_that_are_none_are_named_and_kept(model, problems, tmp_path, content):
+    path = tmp_path / "out" / "results.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        run(model, problems, tmp_path / "out")
+    assert path.read_text() == content
 
 
 def test_more_samples_continue_and_fewer_use_the_first(model, problems, tmp_path, monkeypatch):
@@ -186,9 +276,8 @@ def test_samples_of_other_settings_are_not_mixed(model, problems, tmp_path, flag
     folder.mkdir(parents=True)
     args = ["--model", str(model), "--problems", str(problems), "--output", str(tmp_path / "out")]
     parsed = evaluate.parse_arguments(args)
-    settings = evaluate.Model(str(model), parsed, evaluate.torch.device("cpu")).settings
-    digest = evaluate.read_benchmark(str(problems), None).digest
-    (folder / "settings.json").write_text(json.dumps({**settings, "data_digest": digest}))
+    [made_with] = evaluate.Model(str(model), [read_benchmark(problems)], parsed, evaluate.torch.device("cpu")).stores
+    (folder / "settings.json").write_text(json.dumps(made_with.settings))
     write(folder / "samples.jsonl", [{"id": "s0", "sample": 0, "response": "", "correct": False}])
     before = (folder / "samples.jsonl").read_bytes()
     with pytest.raises(ValueError, match=rf"holds samples made with {key} "):
@@ -212,8 +301,9 @@ def test_changed_problems_or_weights_are_noticed(model, problems, tmp_path):
 def test_samples_are_scored_anew_when_the_checker_changes(model, problems, tmp_path, monkeypatch):
     assert run(model, problems, tmp_path / "out")["results"][0]["pass@1"] == 0
     monkeypatch.setattr(evaluate, "load_pretrained", None)
-    monkeypatch.setattr(evaluate, "is_correct", lambda response, gold: True)
-    monkeypatch.setattr(evaluate, "checker_version", lambda: "2")
+    monkeypatch.setattr(store, "is_correct", lambda response, gold: True)
+    for module in (store, results):
+        monkeypatch.setattr(module, "checker_version", lambda: "2")
     [row] = run(model, problems, tmp_path / "out")["results"]
     assert row["pass@1"] == 1 and row["versions"]["checker"] == "2"
     assert all(s["correct"] for s in read(next((tmp_path / "out").rglob("samples.jsonl"))))
@@ -223,7 +313,8 @@ def test_models_with_one_directory_name_and_several_benchmarks(model, problems, 
     other = tmp_path / "sft" / "final"
     toy.write_model(other, seed=1)
     more = write(tmp_path / "more.jsonl", [{"problem": "1+1", "answer": 2}])
-    argv = ["--problems", problems, more, "--output", tmp_path / "out", "--samples", 1, "--limit", 2, "--max-new-tokens", 5]
+    argv = ["--problems", problems, more, "--output", tmp_path / "out"]
+    argv += ["--samples", 1, "--limit", 2, "--max-new-tokens", 5]
     evaluate.main([str(word) for word in ["--model", model, *argv]])
     evaluate.main([str(word) for word in ["--model", other, *argv]])  # results of the first stay
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
@@ -266,54 +357,13 @@ def captured_prompts(monkeypatch, model, problems, tmp_path, *flags) -> list[str
 def test_prompts(model, problems, tmp_path, monkeypatch):
     changed = tmp_path / "x" / "final"  # toy tokenizer knows few words: what it drops is not under test here
     shutil.copytree(model, changed)
-    [prompt] = captured_prompts(monkeypatch, changed, problems, tmp_path, "--prefill", "<think>", "--system-prompt", "0")
+    flags = "--prefill", "<think>", "--system-prompt", "0"
+    [prompt] = captured_prompts(monkeypatch, changed, problems, tmp_path, *flags)
     assert prompt.startswith("<|im_start|>system\n0<|im_end|>") and prompt.endswith("assistant\n<think>")
     [sample] = read(next((tmp_path / "out").rglob("samples.jsonl")))
     assert (sample["response"], sample["tokens"]) == ("<think>", 1)
     [prompt] = captured_prompts(monkeypatch, changed, problems, tmp_path / "2", "--prefill", r"<think>\n\n")
     assert prompt.endswith("assistant\n<think>\n\n") and "system" not in prompt
-
-
-def test_samples_of_rows_without_an_id_and_other_spellings(tmp_path):
-    path = write(
-        tmp_path / "mixed.jsonl",
-        [
-            {"problem": "a", "answer": "1"},
-            {"question": "b", "final_answer": ["2", "two"]},
-            {"problem": "c", "solution": r"so \boxed{\frac{3}{4}}.", "unique_id": "u"},
-            {"problem": "d", "answer": 142.0, "id": 7},
-            {"problem": "e", "answer": [5, 0.5]},
-            {"problem": "f", "answer": None, "solution": r"\boxed{6}"},
-        ],
-    )
-    benchmark = evaluate.read_benchmark(str(path), None)
-    assert benchmark.answers == {
-        "mixed-0": ["1"], "mixed-1": ["2", "two"], "u": [r"\frac{3}{4}"], "7": ["142"], "mixed-4": ["5", "0.5"], "mixed-5": ["6"]
-    }  # fmt: skip
-    assert benchmark.problems["mixed-1"] == "b"
-    assert list(evaluate.read_benchmark(str(path), 2).problems) == ["mixed-0", "mixed-1"]
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ('{"id": "s0", "problem": "p", "answer": "1"}', "line 6: id 's0' is already that of line 1"),
-        ('{"id": "n", "problem": "p"}', "line 6: expected an answer"),
-        ('{"id": "n", "problem": "p", "answer": " "}', "line 6: expected an answer"),
-        ('{"id": "n", "problem": "p", "answer": []}', "line 6: the list of answers is empty"),
-        ('{"id": "n", "problem": "p", "answer": ["1", null]}', "line 6: expected an answer"),
-        ('{"id": "n", "problem": "p", "answer": true}', "line 6: expected an answer"),
-        ('{"id": "n", "problem": "p", "solution": "no box"}', "line 6: expected an answer"),
-        ('{"id": "n", "answer": "1"}', "line 6: expected a text under 'problem' or 'question'"),
-        ('{"id": "n", "problem": 3, "answer": "1"}', "line 6: expected a text"),
-        ('{"id": "n", "problem', "line 6: not valid JSON"),
-        ('["n"]', "line 6: expected a JSON object"),
-    ],
-)
-def test_bad_problems_are_named(problems, line, message):
-    problems.write_text(problems.read_text() + line + "\n")
-    with pytest.raises(ValueError, match=re.escape(f"{problems}, {message}")):
-        evaluate.read_benchmark(str(problems), None)
 
 
 def test_bad_input_by_the_command_line(model, problems, tmp_path):
@@ -325,13 +375,16 @@ def test_bad_input_by_the_command_line(model, problems, tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     out = tmp_path / "out"
+    drawing = "--model", model, "--problems", problems, "--output", out
     for argv, message in [
         (("--model", model, "--problems", long, "--output", out), "problem 'long-0': the prompt has"),
         (("--model", model, "--problems", tmp_path / "none.jsonl", "--output", out), "none.jsonl cannot be read"),
         (("--model", model, "--problems", empty, "--output", out), "holds no problems"),
-        (("--model", model, "--problems", problems, "--output", out, "--samples", 0), "--samples is 0"),
-        (("--model", model, "--problems", problems, "--output", out, "--top-p", 0), "--top-p is 0"),
-        (("--model", model, "--problems", problems, "--output", out, "--temperature", "nan"), "--temperature is nan"),
+        ((*drawing, "--samples", 0), "argument --samples: '0' is not a whole number above 0"),
+        ((*drawing, "--top-p", 0), "argument --top-p: '0' is not a share above 0 and at most 1"),
+        ((*drawing, "--top-p", 1.01), "argument --top-p: '1.01' is not a share"),
+        ((*drawing, "--temperature", "nan"), "argument --temperature: 'nan' is not a number from 0 up"),
+        ((*drawing, "--sample", 1), "unrecognized arguments: --sample"),
         (("--model", model, "--problems", problems), "give --model and --output"),
         (("--score", problems, "--problems", problems, "--model", model), "without --model"),
     ]:
@@ -349,7 +402,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(model, problems, tm
     shutil.copytree(model, small)
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
-    with pytest.raises(ValueError, match="ids, the model only 20"):
+    with pytest.raises(ValueError, match="the tokenizer has ids up to .*, but the model's vocabulary has 20 entries"):
         run(small, problems, tmp_path / "out")
 
 
@@ -391,14 +444,22 @@ def test_scoring_what_other_engines_write(problems, tmp_path, capsys):
     [row] = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert row["pass@1"] == pytest.approx(6 / 10) and row["pass@k"]["2"] == pytest.approx(4 / 5)
     assert row["sem"] == pytest.approx(0)  # both columns: 3 of 5
+    # Problems: 1/2, 1, 0, 1/2, 1, mean 0.6. Squared deviations 0.01, 0.16, 0.36, 0.01, 0.16: sum 0.7.
+    assert row["sem_problems"] == pytest.approx((0.7 / 4 / 5) ** 0.5)
+    assert row["boxed"] == 7 / 10
     assert (row["truncated"], row["mean_tokens"], row["waits_per_token"]) == (None, None, None)
     assert row["waits_per_response"] == pytest.approx(2 * 5 / 10)
     scored = read(next((tmp_path / "out").rglob("samples.jsonl")))
     assert [s["correct"] for s in scored if s["id"] == "s3"] == [False, True]
+    capsys.readouterr()
     score(path, problems, "--samples", "1", "--limit", "1")
-    assert "100.0" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[1].split()[2:6] == ["1", "100.0", "-", "-"]
+    score(path, problems, "--samples", "1")  # 3 of 5 right: sqrt(0.6 * 0.4 / 4); 4 of 5 in a box
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.split()[2:6] == ["5", "60.0", "-", "24.5"] and " 80.0 %" in line
 
-    whole = [{"id": f"s{i}", "outputs": [{"text": "a", "finish_reason": "length", "token_ids": [1, 2, 3]}]} for i in range(5)]
+    outputs = [{"text": "a", "finish_reason": "length", "token_ids": [1, 2, 3]}]
+    whole = [{"id": f"s{i}", "outputs": outputs} for i in range(5)]
     score(write(tmp_path / "whole.jsonl", whole), problems, "--output", tmp_path / "out")
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert [(r["truncated"], r["mean_tokens"]) for r in rows if "whole" in r["model"]] == [(1.0, 3.0)]
@@ -408,11 +469,17 @@ def test_scoring_what_other_engines_write(problems, tmp_path, capsys):
     "rows, message",
     [
         ([{"id": "s0", "response": "a"}], "problem 's1' of sums lacks sample 0 of 1"),
-        ([{"id": f"s{i}", "response": ["a"] * (2 - i // 4)} for i in range(5)], "problem 's4' of sums lacks sample 1 of 2"),
+        (
+            [{"id": f"s{i}", "response": ["a"] * (2 - i // 4)} for i in range(5)],
+            "problem 's4' of sums lacks sample 1 of 2",
+        ),
         ([{"id": "other", "response": "a"}], "line 1: id 'other' is not among the problems"),
         ([{"id": "s0", "text": "a"}], "line 1: expected 'response'"),
         ([{"id": "s0", "response": [3]}], "line 1: expected 'response'"),
         ([{"id": "s0", "sample": 0, "response": "a"}] * 2, "line 2: sample 0 of id 's0' is there twice"),
+        ([{"id": "s0", "sample": -1, "response": "a"}], "line 1: 'sample' is '-1'; expected a whole number from 0 up"),
+        ([{"id": "s0", "sample": True, "response": "a"}], "line 1: 'sample' is 'True'; expected a whole number"),
+        ([{"id": "s0", "sample": "1", "response": "a"}], "line 1: 'sample' is '1'; expected a whole number"),
     ],
 )
 def test_samples_that_cannot_be_scored_are_named(problems, tmp_path, rows, message):
@@ -421,13 +488,48 @@ def test_samples_that_cannot_be_scored_are_named(problems, tmp_path, rows, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_the_papers_benchmarks_are_read_whole(shared_data):
-    sizes = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_bench": 675}
-    for name, size in sizes.items():
-        benchmark = evaluate.read_benchmark(str(shared_data / "benchmarks" / f"{name}.jsonl"), None)
-        assert len(benchmark.problems) == size and all(benchmark.answers.values())
-    amc = evaluate.read_benchmark(str(shared_data / "benchmarks" / "amc23.jsonl"), None)
-    assert evaluate.scored({"id": "amc23-0", "response": r"\boxed{142}"}, amc)["correct"]
+def test_nothing_is_written_where_one_of_two_benchmarks_lacks_samples(problems, tmp_path):
+    other = write(tmp_path / "other.jsonl", [{"id": "o0", "problem": "1", "answer": "1"}])
+    samples = write(tmp_path / "some.jsonl", [{"id": f"s{i}", "response": "a"} for i in range(5)])
+    with pytest.raises(ValueError, match="problem 'o0' of other lacks sample 0 of 1"):
+        score(samples, problems, other, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scored_again_it_changes_no_byte_and_other_samples_are_refused(problems, tmp_path):
+    rows = [{"id": f"s{i}", "response": rf"\boxed{{{i}}}", "finish_reason": 3} for i in range(5)]
+    samples = write(tmp_path / "some.jsonl", rows)
+    score(samples, problems, "--output", tmp_path / "out")
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    score(samples, problems, "--output", tmp_path / "out")
+    assert files == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    write(samples, [{"id": f"s{i}", "response": "b"} for i in range(5)])
+    with pytest.raises(ValueError, match="holds samples made with samples_digest"):
+        score(samples, problems, "--output", tmp_path / "out")
+    assert files == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_redi_is_imported_before_torch():
+    """It sets environment variables that torch reads while it is imported."""
+    watch = (
+        "import sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'torch':\n"
+        "            print('redi' in sys.modules)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "import evaluate"
+    )
+    found = subprocess.run([sys.executable, "-c", watch], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout == "True\n", found.stderr
+
+
+def test_help_tells_the_defaults_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    printed = capsys.readouterr().out
+    assert r"(default: <think>\n)" in printed and "(default: 0)" in printed and "(default: None)" not in printed
+    assert "python evaluate.py --score samples.jsonl" in printed  # laid out as it was written
 
 
 def test_hostile_responses_are_scored_in_bounded_time(shared_data, tmp_path):

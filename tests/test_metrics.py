@@ -1,21 +1,35 @@
-import errno
 import itertools
-import json
 
 import numpy as np
 import pytest
 
-from redi.metrics import append_row, drop_partial_line, json_line, pass_at_1, pass_at_k
+from redi.metrics import pass_at_1, pass_at_k
 
 
-def test_pass_at_1_and_its_error_by_hand():
+def test_pass_at_1_and_its_errors_by_hand():
     # Columns (runs over the benchmark) are right in 2, 1 and 1 of 2: accuracies 1, 0.5, 0.5.
+    # Rows (problems) are right in 2 and 2 of 3.
     correct = np.array([[True, True, False], [True, False, True]])
-    mean, sem = pass_at_1(correct)
+    mean, sem, sem_problems = pass_at_1(correct)
     assert mean == pytest.approx(2 / 3)
     # squared deviations 1/9, 1/36, 1/36: sum 1/6, sample variance 1/12, SEM sqrt(1/12) / sqrt(3) = 1/6
     assert sem == pytest.approx(1 / 6)
-    assert pass_at_1(correct[:, :1]) == (1.0, None)
+    assert sem_problems == pytest.approx(0)
+    assert pass_at_1(correct[:, :1]) == (1.0, None, 0.0)
+
+
+def test_the_error_over_problems_by_hand():
+    # Problems solved in 2, 1, 0 and 0 of 2 samples: accuracies 1, 1/2, 0, 0, mean 3/8. Squared deviations
+    # 25/64, 1/64, 9/64, 9/64: sum 44/64, sample variance 44/192, over 4 problems: 11/192.
+    correct = np.array([[True, True], [True, False], [False, False], [False, False]])
+    mean, sem, sem_problems = pass_at_1(correct)
+    assert (mean, sem_problems) == (3 / 8, pytest.approx((11 / 192) ** 0.5))
+    # Columns 1/2 and 1/4: squared deviations 1/64 each, sample variance 1/32, over 2 runs: 1/64.
+    assert sem == pytest.approx(1 / 8)
+    # One greedy sample of 100 problems, 10 right: sqrt(0.1 * 0.9 / 99), the error of a share of 100.
+    greedy = np.arange(100)[:, None] < 10
+    assert pass_at_1(greedy) == (0.1, None, pytest.approx((0.09 / 99) ** 0.5))
+    assert pass_at_1(correct[1:2]) == (0.5, pytest.approx(0.5), None)
 
 
 def test_pass_at_k_equals_trying_all_subsets():
@@ -32,43 +46,3 @@ def test_pass_at_k_at_sizes_where_factorials_are_large():
     correct = np.zeros((1, 1000), dtype=bool)
     correct[0, 0] = True
     assert pass_at_k(correct, 250) == pytest.approx(0.25)
-
-
-def test_rows_round_trip_and_a_lone_surrogate_is_escaped(tmp_path):
-    path = tmp_path / "log.jsonl"
-    rows = [{"a": "é\n\u2028", "b": 1.5}, {"a": "x\ud800y", "b": None}]
-    for row in rows:
-        append_row(path, row)
-    assert [json.loads(line) for line in path.read_bytes().decode("utf-8").split("\n")[:-1]] == rows
-    assert "é" in json_line(rows[0]) and "\\ud800" in json_line(rows[1])
-
-
-@pytest.mark.parametrize("rest", ["", "{", '{"a": 3}', '{"a": "' + "x" * 200_000])
-@pytest.mark.parametrize("lines", ["", '{"a": 1}\n', '{"a": 1}\n' + '{"a": 2}\n' * 20_000])
-def test_a_partial_line_is_dropped_and_whole_ones_stay(tmp_path, lines, rest):
-    path = tmp_path / "log.jsonl"
-    path.write_text(lines + rest)
-    drop_partial_line(path)
-    assert path.read_text() == lines
-    drop_partial_line(tmp_path / "absent.jsonl")
-    assert not (tmp_path / "absent.jsonl").exists()
-
-
-def test_a_full_disk_leaves_no_part_of_a_line(tmp_path):
-    resource = pytest.importorskip("resource", reason="file size limits need POSIX")
-    import signal
-
-    path = tmp_path / "log.jsonl"
-    append_row(path, {"a": 1})
-    before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, hard))  # writes stop short, as on a full disk
-        with pytest.raises(OSError) as raised:
-            append_row(path, {"a": "x" * 1000})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, previous)
-    assert raised.value.errno in (errno.ENOSPC, errno.EFBIG)
-    assert path.read_bytes() == before

@@ -8,7 +8,7 @@ from redi.monitor import WINDOW, new_history, watch
 def first_warning(curve, threshold=1.0):
     history = new_history()
     for step, chosen in enumerate(curve, 1):
-        row = {"step": step, "chosen_logp": chosen, "rejected_logp": -2.0, "grad_norm": 1.0, "update_norm": 0.1}
+        row = {"step": step, "chosen_logp": chosen, "rejected_logp": -2.0, "grad_norm": 1.0}
         history = json.loads(json.dumps(history))  # as a checkpoint keeps it
         if warning := watch(history, row, threshold):
             assert f"step {step}:" in warning and "chosen LogPS" in warning
@@ -37,5 +37,10 @@ def test_steps_without_numbers_are_passed_over():
 def test_the_warning_comes_once():
     history, warnings = new_history(), []
     for step in range(40):
-        warnings.append(watch(history, {"step": step, "chosen_logp": -0.1 * step}, 1.0))
+        warnings.append(watch(history, {"step": step, "chosen_logp": -0.1 * step, "rejected_logp": -2.0, "grad_norm": None}, 1.0))
     assert len([w for w in warnings if w]) == 1
+
+
+def test_sft_is_not_watched():
+    history = new_history()
+    assert not any(watch(history, {"step": step, "chosen_logp": -float(step)}, 1.0) for step in range(40))

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 import train
 from redi import data
-from redi.attention import packed_attention
-from redi.checkpoint import load_pretrained
+from redi.pretrained import load_pretrained
 from redi.tokenizer import Tokenizer
 from tests import tiny
 
@@ -69,7 +68,7 @@ def texts(folder: Path, method: str) -> list[tuple[list[dict], str]]:
 @pytest.mark.parametrize("loss_on_prompt", [False, True])
 def test_labels_and_lengths(folder, method, official_end, loss_on_prompt):
     if loss_on_prompt and method != "sft":
-        with pytest.raises(ValueError, match="--loss-on-prompt is for sft"):
+        with pytest.raises(ValueError, match="has no flag --loss-on-prompt: it is for sft"):
             load(folder, method, "--loss-on-prompt")
         return
     flags = ["--append-end-of-text"] * official_end + ["--loss-on-prompt"] * loss_on_prompt
@@ -77,7 +76,7 @@ def test_labels_and_lengths(folder, method, official_end, loss_on_prompt):
     counts = dataset.label_counts.reshape(-1)
     for s, (prompt, response) in enumerate(texts(folder, method)):
         prompt_ids = tokenizer.encode_prompt(prompt)
-        completion = tokenizer.encode_completion(response)
+        completion = tiny.completion_ids(tokenizer, response)
         completion += (
             tokenizer.encode("<|im_end|>\n<|endoftext|>") if official_end else tokenizer.encode("<|im_end|>")
         )
@@ -102,18 +101,9 @@ def test_forced_think_without_the_newline(folder):
         )
 
 
-@torch.no_grad()
 def naive_logps(folder: Path, ids: list[int], labels_from: int) -> torch.Tensor:
     """log π of ids[labels_from:], from all logits of one sequence."""
-    model = load_pretrained(folder / "model")
-    inputs = torch.tensor(ids[:-1])
-    cu_seqlens = torch.tensor([0, len(inputs)], dtype=torch.int32)
-    hidden = model.hidden(
-        inputs,
-        torch.arange(len(inputs)),
-        lambda layer, q, k, v: packed_attention(q, k, v, cu_seqlens, len(inputs)),
-    )
-    logps = F.log_softmax(model.logits(hidden), -1)
+    logps = F.log_softmax(tiny.all_logits(load_pretrained(folder / "model"), torch.tensor(ids)), -1)
     return logps.gather(1, torch.tensor(ids[1:])[:, None])[labels_from - 1 :, 0]
 
 
@@ -145,7 +135,7 @@ def test_the_command_trains_on_them(folder, method):
     for prompt, response in texts(folder, method):
         prompt_ids = tokenizer.encode_prompt(prompt)
         ids = (
-            prompt_ids + tokenizer.encode_completion(response) + tokenizer.encode("<|im_end|>\n<|endoftext|>")
+            prompt_ids + tiny.completion_ids(tokenizer, response) + tokenizer.encode("<|im_end|>\n<|endoftext|>")
         )
         logps.append(naive_logps(folder, ids, 1 if method == "sft" else len(prompt_ids)))
     means = torch.stack([values.mean() for values in logps])

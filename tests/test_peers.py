@@ -17,11 +17,14 @@ from torch.nn.utils import clip_grad_norm_
 import train
 from redi import data
 from redi.attention import packed_attention
-from redi.checkpoint import load_pretrained, save_pretrained
+from redi.chat_template import CHATML_TEMPLATE
 from redi.generation import Request, generate
 from redi.losses import sequence_logps
 from redi.model import CausalLM
-from redi.tokenizer import CHATML_TEMPLATE, Tokenizer, user_message
+from redi.pretrained import load_pretrained, save_pretrained
+from redi.problems import user_message
+from redi.rows import TokenSettings, read_examples
+from redi.tokenizer import Tokenizer
 from tests import tiny
 
 PEERS = "needs the libraries of tests/requirements.txt"
@@ -114,10 +117,10 @@ def save_with_transformers(directory: Path, name: str, tied: bool, template: str
 def our_logits(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
     length = torch.tensor([0, len(ids)], dtype=torch.int32)
 
-    def attend(layer, q, k, v):
+    def attend(q, k, v):
         return packed_attention(q, k, v, length, len(ids))
 
-    return model.logits(model.hidden(ids, torch.arange(len(ids)), attend))
+    return model.logits(model.hidden(ids, torch.arange(len(ids)), [attend] * model.config.num_hidden_layers))
 
 
 @torch.no_grad()
@@ -237,8 +240,8 @@ def test_trl_reads_our_files(tmp_path, file):
     ours = Tokenizer.from_pretrained(tmp_path / "model")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     pairs = file == "pairs.jsonl"
-    settings = data.TokenSettings(pairs=pairs, max_prompt=512, max_response=512, max_total=512)
-    dataset = data.load_dataset(tmp_path / file, ours, settings, tmp_path / "ids")
+    settings = TokenSettings(pairs=pairs, max_prompt=512, max_response=512, max_total=512)
+    dataset = data.load_dataset(tmp_path / file, ours, settings, tmp_path)
     rows = rows_as_trl_sees_them(tmp_path / file, tmp_path)
     assert len(rows) == len(dataset) == 24
     for i, row in enumerate(rows):
@@ -312,7 +315,7 @@ def test_we_read_trls_preferences_as_trl_does(tmp_path, row):
             "chosen": expected["chosen"][shared:],
             "rejected": expected["rejected"][shared:],
         }
-    [example] = data.read_examples(tmp_path / "rows.jsonl", pairs=True)
+    [example] = read_examples(tmp_path / "rows.jsonl", pairs=True)
     assert example.prompt == expected["prompt"]
     for text, theirs in zip(example.completions, (expected["chosen"], expected["rejected"])):
         assert theirs == (text if isinstance(theirs, str) else [assistant(text)])
@@ -338,8 +341,8 @@ def test_we_read_trls_sft_forms_as_trl_does(tmp_path, row):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     ours = Tokenizer.from_pretrained(tmp_path)
-    settings = data.TokenSettings(pairs=False, max_prompt=512, max_response=512, max_total=512)
-    dataset = data.load_dataset(tmp_path / "rows.jsonl", ours, settings, tmp_path / "ids")
+    settings = TokenSettings(pairs=False, max_prompt=512, max_response=512, max_total=512)
+    dataset = data.load_dataset(tmp_path / "rows.jsonl", ours, settings, tmp_path)
     text = ours.decode(dataset.ids.tolist(), skip_special_tokens=False)
     if trl_data.is_conversational(row):
         rendered = trl_data.apply_chat_template(row, theirs)
@@ -370,14 +373,14 @@ def test_losses_copied_into_a_transformers_loop(tmp_path, tied, monkeypatch):
     theirs = save_with_transformers(tmp_path / "model", "qwen2", tied)
     tiny.write_rows(tmp_path, examples=5)
     tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
-    settings = data.TokenSettings(pairs=True, max_prompt=256, max_response=256, max_total=256)
-    dataset = data.load_dataset(tmp_path / "pairs.jsonl", tokenizer, settings, tmp_path / "ids")
+    settings = TokenSettings(pairs=True, max_prompt=256, max_response=256, max_total=256)
+    dataset = data.load_dataset(tmp_path / "pairs.jsonl", tokenizer, settings, tmp_path)
     micro = data.pack(dataset, list(range(5)))
 
     ours = load_pretrained(tmp_path / "model")
     logps, lengths = sequence_logps(ours(*micro.model_inputs()), micro.labels, micro.cu_seqlens)
     args = argparse.Namespace(method="redi", alpha=0.8)
-    loss = train.objective(args, logps, lengths, None, micro.rows).sum() / 5
+    loss = train.METHODS[args.method].losses(logps, lengths, None, args).sum() / 5
     loss.backward()
     grad_norm = clip_grad_norm_(ours.parameters(), 1.0)
 
@@ -438,11 +441,11 @@ def test_loss_on_prompt_is_what_the_official_collator_does(tmp_path):
     """Labels of a packed batch, before the shift by one that transformers makes inside its loss."""
     tiny.write_tokenizer(tmp_path)
     tiny.write_rows(tmp_path, examples=5)
-    settings = data.TokenSettings(
+    settings = TokenSettings(
         pairs=False, max_prompt=512, max_response=512, max_total=512, loss_on_prompt=True
     )
     dataset = data.load_dataset(
-        tmp_path / "positives.jsonl", Tokenizer.from_pretrained(tmp_path), settings, tmp_path / "ids"
+        tmp_path / "positives.jsonl", Tokenizer.from_pretrained(tmp_path), settings, tmp_path
     )
     sequences = [dataset.ids[start:end].tolist() for start, end in zip(dataset.offsets, dataset.offsets[1:])]
     theirs = transformers.DataCollatorWithFlattening()([{"input_ids": ids} for ids in sequences])

@@ -72,21 +72,31 @@ def lines_of(axes) -> list:
     return [line for line in axes.lines if len(line.get_xdata())]
 
 
-def test_four_panels_hold_the_runs_numbers(tmp_path, drawn, monkeypatch):
+def titles(figure) -> list[str]:
+    return [axes.get_title(loc="left") for axes in figure.axes]
+
+
+def labels(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_the_panels_hold_the_runs_numbers(tmp_path, drawn, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pair_rows = [
         {
             "step": s,
             "chosen_logp": -0.1 * s,
             "rejected_logp": -0.2 * s if s != 3 else None,
+            "margin": 0.1 * s,
             "lr_grad_norm": 1e-6 * s,
         }
         for s in range(1, 7)
     ]
-    pair_rows[3] |= {"eval_chosen_logp": -0.5, "eval_rejected_logp": -0.9}
+    pair_rows[3] |= {"eval_chosen_logp": -0.5, "eval_rejected_logp": -0.9, "eval_margin": 0.4}
+    pair_rows.insert(0, {"step": 0, "eval_chosen_logp": -0.3, "eval_rejected_logp": -0.4, "eval_margin": 0.1})
     write_log(Path("out/redi"), pair_rows, model="out/sft/final")
     write_log(
-        Path("out/sft"), [{"step": s, "chosen_logp": -1 / s, "lr_grad_norm": 1e-3} for s in range(1, 4)]
+        Path("out/sft"), [{"step": s, "chosen_logp": -1 / s, "lr_grad_norm": 5e-6} for s in range(1, 4)]
     )
     rows = [
         result("out/redi/step-000004", "math500", 0.5),
@@ -113,37 +123,117 @@ def test_four_panels_hold_the_runs_numbers(tmp_path, drawn, monkeypatch):
         ]
     )
     data = Path("a.png").read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", data[16:24]) == (1575, 1020)
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", data[16:24]) == (1890, 990)
     assert sorted(os.listdir()) == ["a.png", "more.json", "out", "results.json"]
 
-    accuracy, chosen, rejected, step_size = drawn["a.png"].axes
+    accuracy, chosen, rejected, margin, step_size = drawn["a.png"].axes
     points = {tuple(map(tuple, line.get_xydata().round(6))) for line in lines_of(accuracy)}
     # REDI on math500 begins from SFT's end; then SFT itself, at its last step; aime24 by an absolute path.
     assert {((0, 40), (4, 50), (6, 60)), ((3, 40),), ((2, 10),)} <= points
     assert not any(y == 90 for line in points for _, y in line)
-    redi, held_out, sft = (line.get_xydata() for line in lines_of(chosen))
-    assert redi == pytest.approx(np.array([[s, -0.1 * s] for s in range(1, 7)]))
-    assert held_out.tolist() == [[4, -0.5]] and sft[:, 1] == pytest.approx([-1, -1 / 2, -1 / 3])
-    redi, held_out = (line.get_xydata() for line in lines_of(rejected))
-    assert (
-        math.isnan(redi[2, 1])
-        and redi[5] == pytest.approx([6, -0.2 * 6])
-        and held_out.tolist() == [[4, -0.9]]
-    )
-    assert [len(line.get_xdata()) for line in lines_of(step_size)] == [6, 3]
-    assert [text.get_text() for text in drawn["a.png"].legends[0].get_texts()] == [
-        "REDI",
-        "SFT",
-        "held-out pairs",
-    ]
+    steps, mean, held_out, *of_sft = (line.get_xydata() for line in lines_of(chosen))
+    assert steps == pytest.approx(np.array([[s, -0.1 * s] for s in range(1, 7)])) and (mean == steps).all()
+    assert held_out.tolist() == [[0, -0.3], [4, -0.5]]
+    assert len(of_sft) == 2 and of_sft[0][:, 1] == pytest.approx([-1, -1 / 2, -1 / 3])
+    steps, _, held_out = (line.get_xydata() for line in lines_of(rejected))
+    assert math.isnan(steps[2, 1]) and steps[5] == pytest.approx([6, -0.2 * 6])
+    assert held_out.tolist() == [[0, -0.4], [4, -0.9]]
+    steps, _, held_out = (line.get_xydata() for line in lines_of(margin))
+    assert steps[:, 1] == pytest.approx(0.1 * np.arange(1, 7)) and held_out.tolist() == [[0, 0.1], [4, 0.4]]
+    assert [len(line.get_xdata()) for line in lines_of(step_size)] == [6, 6, 3, 3]
+    assert labels(drawn["a.png"]) == ["REDI", "SFT", "aime24", "math500", "held-out rows"]
+    assert {axes.get_yscale() for axes in drawn["a.png"].axes} == {"linear"}
+    assert all(axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 6 for axes in drawn["a.png"].axes)
 
 
-def test_runs_without_evaluations_or_rejected_responses_say_so(tmp_path, drawn):
-    run = write_log(tmp_path / "sft", [{"step": 1, "chosen_logp": -1.0, "lr_grad_norm": 1e-3}])
-    plot.main([str(run), "--output", str(tmp_path / "a.svg")])
-    svg = (tmp_path / "a.svg").read_text()
+def test_error_bars_are_over_samples_or_else_over_problems(tmp_path, drawn):
+    run = write_log(tmp_path / "run", [{"step": s, "chosen_logp": -1.0} for s in (1, 2, 3, 4)])
+    rows = [result(run / "step-000001", "b", 0.5, 0.02), result(run / "step-000002", "b", 0.5, None),
+            result(run / "step-000003", "b", 0.5, None) | {"sem_problems": 0.05},
+            result(run / "step-000004", "b", 0.5, 0.01) | {"sem_problems": 0.05}]
+    (tmp_path / "results.json").write_text(json.dumps({"results": rows}))
+    plot.main([str(run), "--results", str(tmp_path / "results.json"), "--output", str(tmp_path / "a.png")])
+    [bars] = drawn["a.png"].axes[0].containers
+    heights = [np.ptp(segment[:, 1]) for segment in bars.lines[2][0].get_segments()]
+    assert heights == pytest.approx([4, 0, 10, 2])  # twice the errors, in per cent
+
+
+def test_no_panel_is_empty(tmp_path, drawn):
+    """SFT has no rejected responses; without results there is no accuracy; what is never finite is not drawn."""
+    sft = write_log(tmp_path / "sft", [{"step": 1, "chosen_logp": -1.0, "lr_grad_norm": 1e-3}])
+    pairs = {"chosen_logp": -1.0, "rejected_logp": -2.0, "margin": 1.0, "lr_grad_norm": None}
+    redi = write_log(tmp_path / "redi", [{"step": 1, **pairs}])
+    (tmp_path / "results.json").write_text(json.dumps({"results": [result(sft / "final", "b", 0.5)]}))
+    with_results = ["--results", str(tmp_path / "results.json")]
+    cases = {"sft": [sft], "redi": [redi], "both": [sft, redi], "accuracy": [sft, *with_results]}
+    for name, arguments in cases.items():
+        plot.main([*map(str, arguments), "--output", str(tmp_path / f"{name}.svg")])
+        assert all(lines_of(axes) for axes in drawn[f"{name}.svg"].axes)
+    accuracy, chosen, step_size = "Accuracy (pass@1, %)", plot.PANELS["chosen_logp"], plot.PANELS["lr_grad_norm"]
+    assert titles(drawn["sft.svg"]) == [chosen, step_size]
+    assert titles(drawn["redi.svg"]) == [title for title in plot.PANELS.values() if title != step_size]
+    assert titles(drawn["both.svg"]) == list(plot.PANELS.values())
+    assert titles(drawn["accuracy.svg"]) == [accuracy, chosen, step_size]
+    svg = (tmp_path / "sft.svg").read_text()
     assert svg.startswith("<?xml") and ">sft</text>" in svg
-    assert "no evaluations of checkpoints" in svg and "no run has rejected responses" in svg
+
+
+@pytest.mark.parametrize("panels, rows", [(1, [1]), (3, [3]), (4, [2, 2]), (5, [3, 2])])
+def test_panels_fill_their_rows(tmp_path, drawn, panels, rows):
+    figure, axes = plot._figure(tmp_path / "a.png", list("abcde"[:panels]), panel_size=(3, 2))
+    places = [panel.get_subplotspec() for panel in axes.values()]
+    assert len(places) == panels
+    for row, count in enumerate(rows):
+        columns = [list(place.colspan) for place in places if row in place.rowspan]
+        assert sum(columns, []) == list(range(6)) and {len(each) for each in columns} == {6 // count}
+    assert figure.get_size_inches().tolist() == [3 * rows[0], 2 * len(rows)]
+
+
+def test_nine_runs_stay_apart(tmp_path, drawn):
+    rows = [{"step": s, "chosen_logp": -1.0, "eval_chosen_logp": -1.0} for s in range(1, 4)]
+    runs = [write_log(tmp_path / f"run-{i}", rows) for i in range(9)]
+    results = [result(run / "final", name, 0.5) for run in runs for name in "ab"]
+    (tmp_path / "results.json").write_text(json.dumps({"results": results}))
+    arguments = [*map(str, runs), "--results", str(tmp_path / "results.json")]
+    plot.main([*arguments, "--output", str(tmp_path / "a.png")])
+    accuracy, chosen = drawn["a.png"].axes
+    looks = [(line.get_color(), line.get_linestyle()) for line in lines_of(chosen)]
+    single, mean, held_out = looks[::3], looks[1::3], looks[2::3]
+    assert len(set(mean)) == 9 and held_out == mean and [color for color, _ in single] == [color for color, _ in mean]
+    assert [line.get_marker() for line in lines_of(chosen)] == ["None", "None", "o"] * 9
+    points = [box.lines[0] for box in accuracy.containers]
+    bars = [(line.get_color(), line.get_linestyle()) for line in points]
+    assert bars[::2] == bars[1::2] == mean and [line.get_marker() for line in points] == ["o", "s"] * 9
+    legend = drawn["a.png"].legends[0].legend_handles
+    assert [(line.get_color(), line.get_linestyle()) for line in legend[:9]] == mean
+    assert labels(drawn["a.png"]) == [*(f"run-{i}" for i in range(9)), "a", "b", "held-out rows"]
+
+
+@pytest.mark.parametrize(
+    "key, first, second, scale",
+    [
+        ("lr_grad_norm", [2e-6, 1e-6], [3e-5, 2e-5], "log"),
+        ("lr_grad_norm", [2e-6, 1e-6], [9e-6, 8e-6], "linear"),  # of one order of magnitude
+        ("lr_grad_norm", [2e-6, 0.0], [3e-5, 2e-5], "symlog"),
+        ("lr_grad_norm", [2e-6, None], [3e-5, None], "log"),
+        ("lr_grad_norm", [0.0, 0.0], [0.0, 0.0], "linear"),
+        ("chosen_logp", [-0.2, -0.3], [-0.3, -9.0], "symlog"),  # a collapse
+        ("margin", [-0.02, 0.01], [-0.01, 0.9], "symlog"),
+        ("margin", [-0.2, 0.1], [-0.1, 0.9], "linear"),
+    ],
+)
+def test_an_axis_is_logarithmic_where_scales_differ_by_more_than_ten(tmp_path, drawn, key, first, second, scale):
+    runs = [
+        write_log(tmp_path / name, [{"step": s, "chosen_logp": -1.0, key: value} for s, value in enumerate(values, 1)])
+        for name, values in (("a", first), ("b", second))
+    ]
+    plot.main([*map(str, runs), "--output", str(tmp_path / "a.png")])
+    [axes] = [axes for axes in drawn["a.png"].axes if axes.get_title(loc="left").startswith(plot.PANELS[key])]
+    assert axes.get_yscale() == scale
+    assert axes.get_title(loc="left").endswith("logarithmic") == (scale != "linear")
+    drawn["a.png"].canvas.draw()
+    ticks = [text.get_text() for text in axes.get_yticklabels() if text.get_text()]
+    assert len(ticks) == len(set(ticks)) >= 2
 
 
 def test_running_mean_is_centred_and_skips_what_is_missing():
@@ -168,7 +258,7 @@ def test_sweep_of_learning_rates(tmp_path, drawn):
     assert redi.lines[0].get_xydata().tolist() == [[1e-5, 45], [1e-4, 50]]
     heights = [np.ptp(segment[:, 1]) for segment in redi.lines[2][0].get_segments()]
     assert heights == pytest.approx([2, 4])  # twice the standard errors
-    assert {text.get_text() for text in drawn["a.png"].legends[0].get_texts()} == {"SFT", "REDI", "DPO"}
+    assert set(labels(drawn["a.png"])) == {"SFT", "REDI", "DPO"}
     assert axes.get_xscale() == "log"
 
 
@@ -211,10 +301,12 @@ def test_lengths_of_a_data_file(tmp_path, drawn, file):
         (["run", "--output", "a.jpg"], "a.jpg: figures are written as .png or .svg"),
         (["run", "--labels", "a", "b", "--output", "a.png"], "--labels names 2 runs, but 1 are given"),
         (["nowhere", "--output", "a.png"], "nowhere/metrics.jsonl cannot be read: No such file"),
-        (["empty", "--output", "a.png"], "empty/metrics.jsonl holds no step yet"),
+        (["empty", "--output", "a.png"], "empty/metrics.jsonl holds no step with numbers to draw yet"),
+        (["begun", "--output", "a.png"], "begun/metrics.jsonl holds no step with numbers to draw yet"),
+        (["never-finite", "--output", "a.png"], "never-finite/metrics.jsonl holds no step with numbers to draw yet"),
         (
             ["run", "--results", "list.json", "--output", "a.png"],
-            "list.json: expected 'results' with benchmark, pass@1",
+            "list.json: expected 'results' of evaluate.py, with benchmark, pass@1, path, sem in each",
         ),
         (["run", "--results", "cut.json", "--output", "a.png"], "cut.json: not valid JSON"),
         (
@@ -229,6 +321,8 @@ def test_bad_input(tmp_path, drawn, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_log(Path("run"), [{"step": 1, "chosen_logp": -1.0, "lr_grad_norm": 1e-3}])
     write_log(Path("empty"), [])
+    write_log(Path("begun"), [{"step": 0, "eval_chosen_logp": -1.0}])
+    write_log(Path("never-finite"), [{"step": 1, "chosen_logp": None, "lr_grad_norm": None, "lr": 1e-3}])
     Path("list.json").write_text('{"results": [1]}')
     Path("cut.json").write_text('{"results"')
     Path("other.json").write_text(json.dumps({"results": [result("elsewhere/final", "math500", 0.5)]}))
@@ -241,6 +335,8 @@ def test_from_training_and_evaluation_to_a_figure(tmp_path, drawn):
     """The commands that a user types: train, evaluate every checkpoint, draw."""
     tiny.write_model(tmp_path / "model")
     tiny.write_rows(tmp_path)
+    (tmp_path / "held_out").mkdir()
+    tiny.write_rows(tmp_path / "held_out", examples=5, seed=9)
     problems = [{"id": str(i), "problem": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(2)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     command(
@@ -252,7 +348,7 @@ def test_from_training_and_evaluation_to_a_figure(tmp_path, drawn):
         "--data",
         "pairs.jsonl",
         "--eval-data",
-        "pairs.jsonl",
+        "held_out/pairs.jsonl",
         "--output",
         "out/redi",
         "--batch-size",
@@ -284,7 +380,8 @@ def test_from_training_and_evaluation_to_a_figure(tmp_path, drawn):
         tmp_path, "-m", "redi.plot", "out/redi", "--results", "out/eval/results.json", "--output", "a.svg"
     )
     svg = (tmp_path / "a.svg").read_text()
-    assert ">sums</text>" in svg and ">held-out pairs</text>" in svg and "no evaluations" not in svg
+    assert ">sums</text>" in svg and ">held-out rows</text>" in svg
+    assert all(f">{title}</text>" in svg for title in ("Accuracy (pass@1, %)", *plot.PANELS.values()))
     results = plot.read_results([tmp_path / "out/eval/results.json"])
     log = [json.loads(line) for line in (tmp_path / "out/redi/metrics.jsonl").read_text().splitlines()]
     curves = plot.accuracy_curves(tmp_path / "out/redi", log, results)

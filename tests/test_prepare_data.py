@@ -1,8 +1,10 @@
 import collections
+import hashlib
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from test_tokenizer import QWEN_TEMPLATE, THINK, THINKING_TEMPLATE, FakeHub, wri
 from test_tokenizer import hub  # noqa: F401
 
 import prepare_data
+from redi.corpus import in_chunks
+from redi.problems import user_message
 from redi.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +64,12 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_report(directory: Path) -> dict:
+    """What a run has counted; its settings and inputs, of which test_report_names_settings_and_inputs is, left out."""
+    report = json.loads((directory / "report.json").read_text())
+    return {name: value for name, value in report.items() if name not in ("settings", "inputs")}
 
 
 def solution(answer, words="so") -> str:
@@ -135,7 +145,7 @@ def test_openr1_outcome_of_every_kind_of_row(tmp_path):
     ]
     prepare("openr1", "--input", write_rows(tmp_path / "rows.jsonl", rows), "--output", tmp_path / "out")
     counts = dict(zip(OPENR1_COUNTS, (17, 2, 1, 2, 2, 3, 1, 6, 3, 0)))
-    assert json.loads((tmp_path / "out" / "report.json").read_text()) == {**counts, "pairs_written": 3}
+    assert read_report(tmp_path / "out") == {**counts, "pairs_written": 3}
     pairs = read_rows(tmp_path / "out" / "pairs.jsonl")
     assert pairs[0] == {"prompt": [{"role": "user", "content": "1 + 1?"}],
                         "chosen": [{"role": "assistant", "content": solution(2)}],
@@ -149,7 +159,8 @@ def test_pairs_over_the_limits_in_tokens_are_dropped(tmp_path):
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "tokenizer", QWEN_TEMPLATE))
     texts = [openr1_row()["problem"], solution(2), solution(3)]
     prompt = len(tokenizer.encode_prompt([{"role": "user", "content": texts[0]}]))
-    chosen, rejected = (len(tokenizer.encode_completion(text)) + 1 for text in texts[1:])  # + <|im_end|>
+    completions = tokenizer.encode_completions(texts[1:], THINK, ["", ""])
+    chosen, rejected = (len(ids) + 1 for ids in completions)  # + <|im_end|>
     rows = write_rows(tmp_path / "rows.jsonl", [
         openr1_row(), openr1_row(problem=texts[0] + "?"),
         openr1_row(generations=[texts[2] + "!", *texts[1:]]),
@@ -160,6 +171,23 @@ def test_pairs_over_the_limits_in_tokens_are_dropped(tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert (report["positives"], report["pairs"], report["too_long"], report["pairs_written"]) == (4, 4, 3, 1)
     assert len(read_rows(out / "positives.jsonl")) == 4 and len(read_rows(out / "pairs.jsonl")) == 1
+
+
+def test_the_prefill_is_counted_as_training_counts_it(tmp_path):
+    """The tokenizer merges ">" with a newline, and newlines with each other: encoded apart there are more tokens."""
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "tokenizer", QWEN_TEMPLATE))
+    texts = [f"{THINK}\n\\boxed{{{answer}}}" for answer in (2, 3)]
+    apart, whole = (
+        max(len(ids) + 1 for ids in tokenizer.encode_completions(texts, prefill, ["", ""])) for prefill in (THINK, ""))
+    assert apart > whole
+    path = write_rows(tmp_path / "rows.jsonl", [trace_row(generations=texts)])
+    for limit, prefill, pairs in ((apart, THINK, 1), (whole, THINK, 0), (whole, "", 1)):
+        out = prepare("traces", "--input", path, "--output", tmp_path / f"{limit} {prefill!r}", "--tokenizer",
+                      tokenizer.directory, "--max-response-tokens", limit, "--prefill", prefill)
+        assert read_report(out)["pairs_written"] == pairs
+    default = prepare("traces", "--input", path, "--output", tmp_path / "default", "--tokenizer", tokenizer.directory,
+                      "--max-response-tokens", whole)
+    assert read_report(default)["pairs_written"] == 0
 
 
 def test_openr1_220k_layout_and_single_verdicts(tmp_path):
@@ -202,6 +230,76 @@ def test_traces_get_verdicts_from_the_checker(tmp_path):
         assert file.read_bytes() == (tmp_path / "2" / file.name).read_bytes()
 
 
+def test_verdicts_of_every_generation(tmp_path):
+    rows = [trace_row(), trace_row(id="none", answer=None), trace_row(id=None, generations=[None, solution(2), ""]),
+            trace_row(id="no", answer=9)]
+    report = read_report(prepare("traces", "--input", write_rows(tmp_path / "rows.jsonl", rows), "--output",
+                                 tmp_path / "out", "--truncated", "drop"))
+    verdicts = [tuple(row.values()) for row in read_rows(tmp_path / "out" / "verdicts.jsonl")]
+    made_up = read_rows(tmp_path / "out" / "positives.jsonl")[1]["id"]
+    assert verdicts == [
+        ("t-1", 0, "3", False, False), ("t-1", 1, "\\frac{4}{2}", True, False), ("t-1", 2, "2", True, False),
+        ("t-1", 3, None, False, True),
+        (made_up, 0, None, False, True), (made_up, 1, "2", True, False), (made_up, 2, None, False, True),
+        ("no", 0, "3", False, False), ("no", 1, "\\frac{4}{2}", False, False), ("no", 2, "2", False, False),
+        ("no", 3, None, False, True)]
+    row = read_rows(tmp_path / "out" / "verdicts.jsonl")[0]
+    assert list(row) == ["id", "generation", "answer", "correct", "unboxed"]
+    kinds = ("correct_generations", "incorrect_generations", "unboxed_generations")
+    assert [report[kind] for kind in kinds] == [3, 4, 4]
+
+
+def test_report_names_settings_and_inputs(tmp_path):
+    def digest(path):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    def report(*arguments):
+        report = json.loads((prepare(*arguments, "--overwrite", "--output", tmp_path / "out") / "report.json")
+                            .read_text())
+        return report["settings"], report["inputs"]
+
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    files = [write_rows(folder / f"{name}.jsonl", [openr1_row(source=name)]) for name in "ab"]
+    settings, inputs = report("openr1", "--input", folder, "--verdict", "either", "--tokenizer", tokenizer,
+                              "--processes", 3)
+    assert inputs == {str(path): digest(path) for path in (
+        *files, tokenizer / "tokenizer.json", tokenizer / "tokenizer_config.json")}
+    assert settings == {
+        "command": "openr1", "input": str(folder), "verdict": "either", "exclude_sources": ["cn_k12"],
+        "pairs_per_problem": 1, "negatives": "first", "truncated": "incorrect", "seed": 0, "prompt_template": "none",
+        "system_prompt": None, "tokenizer": str(tokenizer), "max_prompt_tokens": 800, "max_response_tokens": 19000,
+        "prefill": "<think>\n"}
+
+    traces = write_rows(tmp_path / "traces.jsonl", [trace_row()])
+    settings, inputs = report("traces", "--input", traces, "--prefill", "Now:\\n")
+    assert inputs == {str(traces): digest(traces)} and settings["prefill"] == "Now:\n" and "verdict" not in settings
+
+    shutil.rmtree(tmp_path / "out")
+    settings, inputs = report("decontaminate", "--input", traces, "--against", files[0], "--ngram", 7)
+    assert settings == {"command": "decontaminate", "input": [str(traces)], "against": [str(files[0])], "ngram": 7,
+                        "examples": 3}
+    assert inputs == {str(path): digest(path) for path in (traces, files[0])}
+
+    shutil.rmtree(tmp_path / "out")
+    mirrored = tmp_path / "mirror" / "math-ai" / "amc23" / "test-0.jsonl"
+    mirrored.parent.mkdir(parents=True)
+    write_rows(mirrored, [{"question": f"{number}?", "answer": number} for number in range(40)])
+    settings, inputs = report("benchmarks", "--mirror", tmp_path / "mirror", "--only", "amc23_40")
+    assert settings == {"command": "benchmarks", "only": ["amc23_40"], "mirror": str(tmp_path / "mirror")}
+    assert inputs == {str(mirrored): digest(mirrored)}
+
+
+def test_rows_from_a_pipe_have_no_digest(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    command = 'printf "%s\n" "$0" > "$1"'
+    writer = subprocess.Popen(["sh", "-c", command, json.dumps(trace_row()), tmp_path / "rows.jsonl"])
+    out = prepare("traces", "--input", tmp_path / "rows.jsonl", "--output", tmp_path / "out")
+    assert writer.wait(30) == 0 and read_report(out)["pairs"] == 1
+    assert json.loads((out / "report.json").read_text())["inputs"] == {str(tmp_path / "rows.jsonl"): None}
+
+
 def test_traces_of_one_generation_a_row_are_grouped(tmp_path):
     rows, grouped = [], collections.defaultdict(list)
     generator = random.Random(0)
@@ -214,10 +312,11 @@ def test_traces_of_one_generation_a_row_are_grouped(tmp_path):
     whole = [{"problem": p, "answer": str(int(p[0]) + 1), "generations": texts, "source": "own"}
              for p, texts in grouped.items()]
     prepare("traces", "--input", write_rows(tmp_path / "whole.jsonl", whole), "--output", tmp_path / "whole")
-    names = ["pairs.jsonl", "positives.jsonl", "report.json"]
+    names = ["pairs.jsonl", "positives.jsonl", "report.json", "verdicts.jsonl"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    for name in names:
+    for name in ("pairs.jsonl", "positives.jsonl", "verdicts.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert read_report(tmp_path / "out") == read_report(tmp_path / "whole")
     assert len(read_rows(tmp_path / "out" / "positives.jsonl")) == 7
 
 
@@ -254,9 +353,9 @@ def test_prepared_training_text_begins_with_the_evaluation_prompt(tmp_path, temp
             "--system-prompt", "Be right.")
     row = read_rows(tmp_path / "out" / "positives.jsonl")[0]
     completion = row["completion"][0]["content"]
-    training = tokenizer.encode_prompt(row["prompt"]) + tokenizer.encode_completion(
-        completion, THINK, tokenizer.render_prompt(row["prompt"]))
-    question = [prepare_data.user_message("1 + 1?", "open-r1")]
+    [completion_ids] = tokenizer.encode_completions([completion], THINK, [tokenizer.render_prompt(row["prompt"])])
+    training = tokenizer.encode_prompt(row["prompt"]) + completion_ids
+    question = [user_message("1 + 1?", "open-r1")]
     evaluation = tokenizer.encode_prompt(question, system_prompt="Be right.", prefill=THINK)
     assert training == evaluation + tokenizer.encode(completion.removeprefix(THINK))
 
@@ -358,7 +457,7 @@ def test_benchmarks_read_parquet_and_write_whole_numbers_as_such(tmp_path):
     (json.dumps(trace_row(generations="text")).encode(), ["line 1", "'generations' must be a list"]),
     (json.dumps(trace_row(generations=["a", 1])).encode(), ["line 1", "'generations'[1] must be a string"]),
     (json.dumps(trace_row(problem=["a"])).encode(), ["line 1", "'problem' must be a string"]),
-    (json.dumps(trace_row(generations=[solution(2, "\ud83d")])).encode(), ["line 1", "UTF-8 cannot hold"]),
+    (json.dumps(trace_row(generations=[solution(2, "\ud83d")])).encode(), ["line 1", "surrogates not allowed"]),
 ])
 def test_bad_rows_are_named_and_leave_nothing(tmp_path, content, parts):
     path = tmp_path / "rows.jsonl"
@@ -450,13 +549,64 @@ def test_hint_when_pyarrow_is_missing(tmp_path, monkeypatch):
                   parts=["rows.parquet: reading parquet needs pyarrow (pip install pyarrow)"])
 
 
+NO_PYARROW = "import sys\nsys.modules['pyarrow'] = None\n"
+
+
+def test_pyarrow_is_asked_for_before_anything_is_downloaded(tmp_path, hub, monkeypatch):  # noqa: F811
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_PYARROW)
+    path = f"{tmp_path / 'site'}:{ROOT}"
+    arguments = (ROOT / "prepare_data.py", "openr1", "--input", "org/tiny", "--output", tmp_path / "out")
+    monkeypatch.setattr(FakeHub, "files", {"data/train-0.parquet": b"PAR1", "data/train-1.jsonl": b"{}"})
+    monkeypatch.setattr(FakeHub, "listing", ["README.md", *FakeHub.files])
+    assert_refused(hub(*arguments, PYTHONPATH=path), tmp_path / "out",
+                   "org/tiny/data/train-0.parquet: reading parquet needs pyarrow (pip install pyarrow)")
+    assert not [file for file in (tmp_path / "hf").rglob("*") if file.is_file()]
+    monkeypatch.setattr(FakeHub, "files", {"data/train-0.jsonl": json.dumps(openr1_row()).encode()})
+    monkeypatch.setattr(FakeHub, "listing", ["data/train-0.jsonl"])  # what it is not needed for, it is not asked for
+    assert hub(*arguments, PYTHONPATH=path).returncode == 0
+    missing = hub(*arguments[:3], "org/missing", *arguments[4:], "--overwrite", PYTHONPATH=path)
+    assert "org/missing: no such directory, and the Hugging Face hub gave no dataset" in missing.stderr
+
+
+def test_no_process_loads_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
+    path = write_rows(tmp_path / "rows.jsonl", [trace_row()] * 130)
+    result = run_command("traces", "--input", path, "--output", tmp_path / "out", "--processes", 2, "--tokenizer",
+                         write_tokenizer(tmp_path / "tokenizer"), PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_an_older_output_outlives_what_breaks_off_its_replacement(tmp_path, monkeypatch):
+    out, path = tmp_path / "out", write_rows(tmp_path / "rows.jsonl", [trace_row()])
+    prepare("traces", "--input", path, "--output", out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    newer = write_rows(tmp_path / "more.jsonl", [trace_row(id="new")])
+    rename = Path.rename
+
+    def broken_off(self, target):
+        if self.name == ".out.partial":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            prepare("traces", "--input", newer, "--output", out, "--overwrite")
+    assert before == {file.name: file.read_bytes() for file in out.iterdir()} and not list(tmp_path.glob(".out*"))
+    rename(out, tmp_path / ".out.replaced")  # killed between the two renames
+    with pytest.raises(ValueError, match="already holds pairs.jsonl"):
+        prepare("traces", "--input", newer, "--output", out)
+    assert before == {file.name: file.read_bytes() for file in out.iterdir()}
+
+
 def test_existing_output_is_kept_unless_asked_for(tmp_path):
     out, first = tmp_path / "out", write_rows(tmp_path / "rows.jsonl", [trace_row()])
     second = write_rows(tmp_path / "more.jsonl", [trace_row(id="new")])
     out.mkdir()
     prepare("traces", "--input", first, "--output", out)  # an empty directory is as good as none
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    assert sorted(before) == ["pairs.jsonl", "positives.jsonl", "report.json"]
+    assert sorted(before) == ["pairs.jsonl", "positives.jsonl", "report.json", "verdicts.jsonl"]
     with pytest.raises(ValueError, match="already holds pairs.jsonl: .*--overwrite"):
         prepare("traces", "--input", second, "--output", out)
     with pytest.raises(ValueError, match="no column"):
@@ -474,7 +624,7 @@ def test_disk_full(tmp_path):
     """A limit on the size of files stands in for the full disk: both come as an OSError from a write."""
     path = write_rows(tmp_path / "rows.jsonl", [trace_row(problem=f"{n} " * 50) for n in range(500)])
     result = run_command("traces", "--input", path, "--output", tmp_path / "out", limit_bytes=100_000)
-    assert_refused(result, tmp_path / "out", "File too large; nothing was written")
+    assert_refused(result, tmp_path / "out", "File too large", tmp_path / "out")
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -501,7 +651,8 @@ def test_an_interrupted_run_leaves_no_output_and_no_process(tmp_path, stop):
             prepare("traces", "--input", write_rows(tmp_path / "b.jsonl", [trace_row()]), "--output", out)
         process.send_signal(stop)
         process.wait(30)
-    assert process.returncode != 0 and not out.exists()
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[stop]
+    assert not out.exists()
     assert partial.exists() == (stop == signal.SIGKILL)
     while any(Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
               for pid in workers):
@@ -512,33 +663,15 @@ def test_an_interrupted_run_leaves_no_output_and_no_process(tmp_path, stop):
     assert len(read_rows(out / "positives.jsonl")) == 1 and not partial.exists()
 
 
-def die(args, chunk):
-    os._exit(9)
-
-
-def test_a_worker_that_dies_is_reported():
-    with pytest.raises(ValueError, match="a worker process died"):
-        list(prepare_data.in_parallel(die, None, [1, 2], processes=2))
-
-
 def test_toy_writes_its_data(tmp_path):
     out = prepare("toy", "--output", tmp_path / "out", "--seed", 3)
     assert sorted(path.name for path in out.iterdir()) == [
-        "pairs.jsonl", "positives.jsonl", "problems.jsonl", "teacher.jsonl"]
+        "pairs.jsonl", "positives.jsonl", "problems.jsonl", "report.json", "teacher.jsonl"]
+    assert json.loads((out / "report.json").read_text()) == {"settings": {"command": "toy", "seed": 3}, "inputs": {}}
 
 
-def test_few_chunks_are_held_at_a_time():
-    taken = []
-
-    def chunks():
-        for number in range(50):
-            taken.append(number)
-            yield number
-
-    results = prepare_data.in_parallel(pow, 2, chunks(), processes=2)  # pow(2, chunk)
-    for number, result in enumerate(results):
-        assert result == 2 ** number and len(taken) <= number + 6
+def test_chunks_are_bounded_in_rows_and_in_text():
     long, short = {"generations": ["x" * 100_000, None]}, {"generations": None}
     rows = [("place", long)] * 100 + [("place", short)] * 100
-    sizes = [len(chunk) for chunk in prepare_data.in_chunks(iter(rows))]
+    sizes = [len(chunk) for chunk in in_chunks(iter(rows))]
     assert sum(sizes) == 200 and max(sizes) == 64 and sizes[0] == 11

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from redi.tokenizer import CHATML_TEMPLATE, PROMPT_TEMPLATES, Tokenizer, resolve_directory, user_message
+from redi import chat_template
+from redi.chat_template import CHATML_TEMPLATE
+from redi.files import resolve_directory
+from redi.problems import PROMPT_TEMPLATES, user_message
+from redi.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 THINK = "<think>\n"
@@ -113,7 +117,7 @@ def test_evaluation_prompt_and_what_follows_equal_the_training_ids(tmp_path, tem
     messages = [user_message("1 + 1?", prompt_template)]
     evaluation = tokenizer.encode_prompt(messages, prefill=THINK) + tokenizer.encode(rest)
     prompt_text = tokenizer.render_prompt(messages)
-    completion = tokenizer.encode_completion(THINK + rest, THINK, prompt_text)
+    (completion,) = tokenizer.encode_completions([THINK + rest], THINK, [prompt_text])
     training = tokenizer.encode_prompt(messages) + completion
     assert training == evaluation
     whole = prompt_text + rest if prompt_text.endswith(THINK) else prompt_text + THINK + rest
@@ -124,10 +128,9 @@ def test_without_the_split_ids_would_differ(tmp_path):
     """The tokenizer of these tests merges across the prefill's end, so the tests above can fail."""
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path))
     apart = tokenizer.encode(THINK) + tokenizer.encode("\nOkay")
-    assert tokenizer.encode_completion("<think>\n\nOkay") == apart
-    assert tokenizer.encode_completion("Okay") == tokenizer.encode("Okay")
+    assert tokenizer.encode_completions([THINK + "\nOkay", "Okay"], THINK, ["", ""]) == [apart, tokenizer.encode("Okay")]
     whole = tokenizer.encode(THINK + "\nOkay")
-    assert tokenizer.encode_completion(THINK + "\nOkay", prefill="") == whole != apart
+    assert tokenizer.encode_completions([THINK + "\nOkay"], "", [""]) == [whole] != [apart]
 
 
 def test_paper_evaluation_template():
@@ -172,7 +175,7 @@ def test_hostile_templates_are_refused_in_one_sentence(tmp_path, template, reaso
 @pytest.mark.parametrize("template", [
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 9 ** (9 ** 9) }}"])
 def test_endless_templates_are_stopped(tmp_path, template, monkeypatch):
-    monkeypatch.setattr("redi.tokenizer.TEMPLATE_SECONDS", 0.25)  # the wall clock's limit, four times this
+    monkeypatch.setattr(chat_template, "SECONDS", 0.25)  # the wall clock's limit, four times this
     started = time.monotonic()
     with pytest.raises(ValueError, match="chat template did not finish in 1.0 s"):
         Tokenizer.from_pretrained(write_tokenizer(tmp_path, template))
@@ -181,8 +184,8 @@ def test_endless_templates_are_stopped(tmp_path, template, monkeypatch):
 
 def test_cpu_limit_of_the_child(tmp_path):
     """Also without the parent's clock, as when the parent is killed meanwhile, the child ends."""
-    request = {"template": "{{ 9 ** (9 ** 9) }}", "special_tokens": {}}
-    code = ("import io, json, sys; import redi.tokenizer as t; t.TEMPLATE_SECONDS = 1; "
+    request = ["{{ 9 ** (9 ** 9) }}", {}, [[{"role": "user", "content": "question"}]]]
+    code = ("import io, json, sys; import redi.chat_template as t; t.SECONDS = 1; "
             f"sys.stdin = io.StringIO({json.dumps(request)!r}); t._render_in_child()")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode < 0
 
@@ -191,9 +194,9 @@ def test_cpu_limit_of_the_child(tmp_path):
     ("tokenizer.json", "{", "tokenizer.json: not a tokenizer"),
     ("tokenizer.json", None, "no tokenizer.json"),
     ("tokenizer_config.json", "[1]", "expected a JSON object, found list"),
-    ("tokenizer_config.json", '{"a": ', "malformed JSON"),
-    ("tokenizer_config.json", "[" * 100_000, "malformed JSON"),
-    ("tokenizer_config.json", b"\xff\xfe", "not UTF-8"),
+    ("tokenizer_config.json", '{"a": ', "not valid JSON"),
+    ("tokenizer_config.json", "[" * 100_000, "not valid JSON"),
+    ("tokenizer_config.json", b"\xff\xfe", "not valid JSON in UTF-8"),
     ("tokenizer_config.json", '{"eos_token": "</s>"}', "eos_token '</s>' is not in tokenizer.json"),
     ("tokenizer_config.json", '{"chat_template": 3}', "chat_template must be a string, found int"),
     ("chat_template.jinja", b"\xff", "chat_template.jinja: not UTF-8"),
@@ -274,7 +277,7 @@ def test_hub_listing_cannot_climb_out(tmp_path, hub, monkeypatch):
     name = "../../../../../escaped/tokenizer.json"
     monkeypatch.setattr(FakeHub, "files", {name: b"{}"})
     monkeypatch.setattr(FakeHub, "listing", [name])
-    result = hub("-c", "from redi.tokenizer import *; resolve_directory('org/tiny', ['*.json'])")
+    result = hub("-c", "from redi.files import *; resolve_directory('org/tiny', ['*.json'])")
     assert result.returncode != 0 and "ValueError: org/tiny" in result.stderr
     assert not list(tmp_path.rglob("escaped")) and not (tmp_path.parent / "escaped").exists()
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from redi import compare, monitor, toy
-from redi.checkpoint import load_pretrained
+from redi import monitor, toy
+from redi.pretrained import load_pretrained
 from redi.tokenizer import Tokenizer
 from tests import tiny
+from tests.bench import compare
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,7 +111,7 @@ def test_tokenizer_knows_every_text_and_gives_it_back(example):
         text = f"<|im_start|>user\n{row['prompt'][0]['content']}<|im_end|>\n<|im_start|>assistant\n<think>\n"
         assert tokenizer.decode(prompt, skip_special_tokens=False) == text
         for solution in (row["chosen"][0]["content"], row["rejected"][0]["content"]):
-            ids = tokenizer.encode_completion(solution)
+            ids = tiny.completion_ids(tokenizer, solution)
             assert tokenizer.decode(ids) == solution
             assert not set(unknown) & set(prompt + ids)
 
@@ -129,7 +130,10 @@ def test_model_directory_loads_and_is_a_function_of_the_seed(example, tmp_path):
 SMALL = """
 import sys
 from pathlib import Path
-from redi import compare, toy
+import evaluate
+import train
+from redi import toy
+from tests.bench import compare
 toy.TRAIN_PROBLEMS, toy.TEST_PROBLEMS, toy.MAX_NEW_TOKENS = 60, 5, 12
 for name, steps in (("sft", "4"), ("sft-continued", "2"), ("redi", "2")):
     toy.STAGES[name] += ["--steps", steps]
@@ -143,12 +147,13 @@ def run_small(code, directory):
 
 
 def test_example_runs_from_data_to_table_and_keeps_what_is_done(tmp_path):
-    run = run_small("toy.run_example('out', seed=5)", tmp_path)
+    run = run_small("toy.run_example(train.main, evaluate.main, 'out', seed=5)", tmp_path)
     assert run.returncode == 0, run.stderr
     shown = run.stdout[run.stdout.index("4 of 4") :]
     for title in ("SFT  ", "SFT continued  ", "REDI  "):
         assert re.search(rf"^{title} .*±.*%.*%", shown, re.MULTILINE), shown
     assert "right solutions" in shown and "wrong solutions" in shown and "Tank of 15 litres: " in shown
+    assert "set OMP_NUM_THREADS=1 for runs of your own" in shown
     for name in toy.STAGES:
         load_pretrained(tmp_path / "out" / name / "final")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/metrics.jsonl")}
@@ -157,14 +162,14 @@ def test_example_runs_from_data_to_table_and_keeps_what_is_done(tmp_path):
     # As after an interruption: the last stage is missing, and one model's samples.
     shutil.rmtree(tmp_path / "out" / "redi")
     shutil.rmtree(tmp_path / "out" / "greedy" / "sft-final")
-    again = run_small("toy.run_example('out', seed=5)", tmp_path)
+    again = run_small("toy.run_example(train.main, evaluate.main, 'out', seed=5)", tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout[again.stdout.index("4 of 4") :] == shown
     assert [path.parent.name for path, time in written.items() if path.stat().st_mtime_ns != time] == ["redi"]
 
     other = run_small("""
 try:
-    toy.run_example('out', seed=6)
+    toy.run_example(train.main, evaluate.main, 'out', seed=6)
 except ValueError as error:
     sys.exit(f"error: {error}")""", tmp_path)
     assert other.returncode == 1 and "--seed 5" in other.stderr
@@ -172,7 +177,7 @@ except ValueError as error:
 
 def test_example_runs_with_two_processes_from_nothing(tmp_path):
     """Rank 0 makes the data, all make the model: the same number of collectives on both."""
-    (tmp_path / "example.py").write_text(SMALL + "toy.run_example('out', seed=5)")
+    (tmp_path / "example.py").write_text(SMALL + "toy.run_example(train.main, evaluate.main, 'out', seed=5)")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
                str(tiny.free_port()), "example.py"]
     run = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -230,7 +235,7 @@ def test_comparison_means_errors_and_paired_differences():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [101, 102])
 def test_negatives_help_on_a_seed_of_ones_own(seed, tmp_path):
-    subprocess.run([sys.executable, "-m", "redi.toy", "--seed", str(seed), "--output", str(tmp_path)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "train.py", "example", "--seed", str(seed), "--output", str(tmp_path)], cwd=ROOT, check=True)
     for folder, least in (("sampled", 0.05), ("greedy", 0.1)):
         results = toy.results_by_model(tmp_path / folder)
         assert results["redi-final"]["pass@1"] > results["sft-continued-final"]["pass@1"] + least

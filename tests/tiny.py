@@ -2,15 +2,18 @@
 
 import json
 import socket
+from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from redi.checkpoint import save_pretrained
-from redi.model import CausalLM, ModelConfig
-from redi.tokenizer import CHATML_TEMPLATE, Tokenizer
+from redi.attention import packed_attention
+from redi.chat_template import CHATML_TEMPLATE
+from redi.model import CausalLM
+from redi.pretrained import parse_config, save_pretrained
+from redi.tokenizer import PREFILL, Tokenizer
 
 TEXTS = ["What is 1 + 2? Let me think step by step: 1 + 2 = 3.\n</think>\nThe answer is \\boxed{3}.", "user assistant"]
 QWEN2 = {
@@ -42,7 +45,7 @@ def write_model(directory: Path, texts=TEXTS, vocab_size: int = 400, seed: int =
     """A model directory with random weights. `changes` replace keys of QWEN2."""
     write_tokenizer(directory, texts, vocab_size)
     tokenizer = Tokenizer.from_pretrained(directory)
-    model = CausalLM(ModelConfig.from_dict({**QWEN2, "vocab_size": tokenizer.vocab_size, **changes}))
+    model = CausalLM(parse_config({**QWEN2, "vocab_size": tokenizer.vocab_size, **changes}))
     randomize(model, seed)
     save_pretrained(model, directory, tokenizer)
     return model
@@ -72,6 +75,20 @@ def write_rows(directory: Path, examples: int = 24, seed: int = 0) -> None:
             row = {"prompt": prompt, "id": f"row-{i}", "source": "test"}
             positives.write(json.dumps({**row, "completion": answer(a + b, n)}) + "\n")
             pairs.write(json.dumps({**row, "chosen": answer(a + b, n), "rejected": answer(a + b + 1, m)}) + "\n")
+
+
+def completion_ids(tokenizer: Tokenizer, text: str, prefill: str = PREFILL, prompt: str = "") -> list[int]:
+    return tokenizer.encode_completions([text], prefill, [prompt])[0]
+
+
+@torch.no_grad()
+def all_logits(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """(T, V) of one sequence: what `ids` (T,) but for the last predict."""
+    inputs = ids[:-1]
+    cu_seqlens = torch.tensor([0, len(inputs)], dtype=torch.int32)
+    attend = partial(packed_attention, cu_seqlens=cu_seqlens, max_seqlen=len(inputs))
+    attends = [attend] * model.config.num_hidden_layers
+    return model.logits(model.hidden(inputs, torch.arange(len(inputs)), attends))
 
 
 def free_port() -> int:

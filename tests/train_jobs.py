@@ -50,31 +50,32 @@ def signal_at(step: int):
     """A patch of the loop: this process receives SIGTERM while the step is under way."""
     set_lr = train.set_lr
 
-    def wrapped(args, optimizer, index, total_steps):
+    def wrapped(optimizer, index, *rest):
         if index + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return set_lr(args, optimizer, index, total_steps)
+        return set_lr(optimizer, index, *rest)
 
     return mock.patch.object(train, "set_lr", wrapped)
 
 
 def unwritable_at(step: int):
     """A patch of the saving: this rank's disk is full at one step's checkpoint."""
-    write = checkpoint._save_safetensors
+    write = checkpoint.save_tensors
 
-    def wrapped(tensors, path):
+    def wrapped(path, tensors):
         if f"step-{step:06d}" in str(path):
             raise OSError(28, "No space left on device")
-        write(tensors, path)
+        write(path, tensors)
 
-    return mock.patch.object(checkpoint, "_save_safetensors", wrapped)
+    return mock.patch.object(checkpoint, "save_tensors", wrapped)
 
 
 def copy_checkpoint(argv: list[str], source: Path, output: Path) -> None:
     args = train.parse_args(argv)
     device = distributed.init_process_group()
-    tokenizer = Tokenizer.from_pretrained(args.model)
-    model = train.build_model(args, Path(args.model), tokenizer, device)
+    directory = Path(args.model)
+    tokenizer = Tokenizer.from_pretrained(directory)
+    model = train.build_model(args, train.read_config(args, directory, tokenizer), directory, device)
     optimizer = train.build_optimizer(args, model)
     state = checkpoint.load_checkpoint(source, model, optimizer)
     checkpoint.save_checkpoint(output, model, optimizer, tokenizer, state, train.DTYPES[args.dtype])

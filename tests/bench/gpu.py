@@ -36,11 +36,11 @@ from training import write_model_directory, write_rows  # noqa: E402
 
 import train  # noqa: E402
 from redi.attention import cached_attention, packed_attention  # noqa: E402
-from redi.checkpoint import load_config, load_pretrained  # noqa: E402
 from redi.data import step_rows  # noqa: E402
-from redi.generation import Request, generate, sample_key  # noqa: E402
+from redi.generation import Request, generate  # noqa: E402
 from redi.losses import token_logps  # noqa: E402
-from redi.plan import forward_flops  # noqa: E402
+from redi.pretrained import load_config, load_pretrained  # noqa: E402
+from redi.sampling import sample_key  # noqa: E402
 from redi.tokenizer import Tokenizer  # noqa: E402
 
 METHODS = ["sft", "redi", "dpo", "simpo"]
@@ -180,7 +180,7 @@ def run_training(directory: Path, method: str, lengths: np.ndarray, prompts, pai
     for row in metrics:
         _, rows = step_rows(len(dataset), train_args.batch_size, train_args.seed, row["step"] - 1)
         lengths, labels = dataset.input_lengths[rows], dataset.label_counts[rows]
-        flops.append(3 * forward_flops(model_config, lengths, labels).sum())
+        flops.append(3 * model_config.forward_flops(lengths, labels).sum())
     rate = median(row["tokens"] / row["seconds"] for row in metrics)
     achieved = median(amount / row["seconds"] for amount, row in zip(flops, metrics))
     peak = args.peak_flops

@@ -21,9 +21,10 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from redi.checkpoint import load_pretrained, save_pretrained  # noqa: E402
-from redi.generation import Request, generate, sample_key  # noqa: E402
-from redi.model import CausalLM, ModelConfig  # noqa: E402
+from redi.generation import Request, generate  # noqa: E402
+from redi.model import CausalLM  # noqa: E402
+from redi.pretrained import load_pretrained, parse_config, save_pretrained  # noqa: E402
+from redi.sampling import sample_key  # noqa: E402
 
 SHAPES = {
     "standard": {"vocab_size": 32_000, "hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6},
@@ -54,7 +55,7 @@ def main() -> None:
             "model_type": "qwen2", **SHAPES[args.shape], "num_hidden_layers": 8, "num_key_value_heads": 2,
             "max_position_embeddings": 4096, "tie_word_embeddings": True,
         }  # fmt: skip
-        model = CausalLM(ModelConfig.from_dict(config))
+        model = CausalLM(parse_config(config))
         model.init_weights(seed=0)
         save_pretrained(model, directory)
         model = load_pretrained(directory)

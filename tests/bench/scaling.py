@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from redi.losses import token_logps  # noqa: E402
-from redi.model import CausalLM, ModelConfig  # noqa: E402
+from redi.model import CausalLM  # noqa: E402
+from redi.pretrained import parse_config  # noqa: E402
 
 SHAPE = {
     "model_type": "qwen2", "vocab_size": 8_000, "hidden_size": 256, "intermediate_size": 704,
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def measure_time(args) -> None:
-    model = CausalLM(ModelConfig.from_dict(SHAPE))
+    model = CausalLM(parse_config(SHAPE))
     model.init_weights(seed=0)
     sizes = [args.largest * i // 8 // SEQUENCE * SEQUENCE for i in (1, 2, 3, 4, 6, 8)]
     step(model, sizes[0])

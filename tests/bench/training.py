@@ -124,9 +124,10 @@ def write_model_directory(directory: Path, shape: dict, dtype) -> None:
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import models, pre_tokenizers
 
-    from redi.checkpoint import save_pretrained
-    from redi.model import CausalLM, ModelConfig
-    from redi.tokenizer import CHATML_TEMPLATE, Tokenizer
+    from redi.chat_template import CHATML_TEMPLATE
+    from redi.model import CausalLM
+    from redi.pretrained import parse_config, save_pretrained
+    from redi.tokenizer import Tokenizer
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     words = special + [f"w{i}" for i in range(len(special), shape["vocab_size"])]
@@ -140,7 +141,7 @@ def write_model_directory(directory: Path, shape: dict, dtype) -> None:
         "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHATML_TEMPLATE,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }))
-    model = CausalLM(ModelConfig.from_dict({
+    model = CausalLM(parse_config({
         "model_type": "qwen2", "rms_norm_eps": 1e-6, "tie_word_embeddings": True, **shape,
     }))
     model.init_weights(seed=0)
@@ -204,22 +205,23 @@ def run_ours(directory: Path, args) -> None:
 
     import train
     from redi import data
+    from redi.run import Run
 
     torch.set_num_threads(1)
     turns, (method,), output = Turns(), args.methods, directory / f"ours-{args.methods[0]}"
 
-    def micro_batches(_, config, dataset, rows):
+    def micro_batches(dataset, rows, *_):
         rows, size = sorted(rows), MICRO_BATCH.get(method, 1)
         return [data.pack(dataset, rows[i : i + size]) for i in range(0, len(rows), size)]
 
-    def in_turns(steps, make):
-        for batch in prefetch(steps, make):
+    def in_turns(run, total_steps, make_batch):
+        for batch in steps(run, total_steps, make_batch):
             turns.begin()
             yield batch
             last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
             turns.end(loss=last["loss"], grad_norm=last["grad_norm"], tokens=last["tokens"])
 
-    prefetch, train.prefetch, train.micro_batches = train.prefetch, in_turns, micro_batches
+    steps, Run.steps, data.micro_batches = Run.steps, in_turns, micro_batches
     train.main([
         method, "--model", str(directory / "model"), "--data", str(data_file(directory, method)),
         "--output", str(output), "--batch-size", str(BATCH_SIZE.get(method, 8)), "--lr", "1e-6",

@@ -1,16 +1,14 @@
 """The comparison on the embedded example: every method at every learning rate, over several seeds.
 
-    python -m redi.compare --seeds 5
+    python tests/bench/compare.py --seeds 5
 
 Each method starts from the same SFT model and takes as many updates on as many sequences (a pair is two). A seed
 decides the problems, the teacher's solutions, the first weights and the order. Prints a table of means and standard
 errors, and writes it to OUTPUT/table.json with the figures. What is done already is kept: rerun to continue.
 """
 
-import argparse
 import contextlib
 import importlib.util
-import json
 import math
 import multiprocessing
 import os
@@ -23,8 +21,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import evaluate
+import train
 from redi import plot
-from redi.data import write_atomically
+from redi.command import Parser, count, positive_int, run_command
+from redi.files import json_line, write_atomically, write_json
 from redi.toy import (
     SAMPLING, SFT_STEPS, STAGE_2_STEPS, STAGES, evaluate_models, prepare, read_rows, read_samples, results_by_model,
     share_of_hurried_moves, train_stage,
@@ -67,8 +70,7 @@ def compare(output: Path, seeds: list[int], jobs: int, methods: list[str]) -> No
             pool.shutdown(cancel_futures=True)
             raise
     table = _comparison(output, seeds, methods)
-    with write_atomically(output / "table.json") as file:
-        json.dump(table, file, indent=1)
+    write_json(output / "table.json", table)
     print(_comparison_text(table, seeds))
     if importlib.util.find_spec("matplotlib") is None:
         return print("\nfor the figures install matplotlib and run this again")
@@ -91,8 +93,8 @@ def _compare_sft(output: Path, seed: int) -> None:
             with write_atomically(data / "everything.jsonl") as file:  # wrong solutions as if they were right
                 for pair in read_rows(data / "pairs.jsonl"):
                     for key in ("chosen", "rejected"):
-                        file.write(json.dumps({"prompt": pair["prompt"], "completion": pair[key]}) + "\n")
-        train_stage(STAGES["sft"], directory / "start", data / "positives.jsonl", directory / "sft", seed)
+                        file.write(json_line({"prompt": pair["prompt"], "completion": pair[key]}))
+        train_stage(train.main, STAGES["sft"], directory / "start", data / "positives.jsonl", directory / "sft", seed)
         _evaluate_both(directory, [directory / "sft/final"], seed, data)
 
 
@@ -102,7 +104,7 @@ def _compare_doubled_sft(output: Path, seed: int) -> None:
     data, run = directory / "data", directory / "sft-doubled"
     with _output_to(directory / "sft-doubled.log"):
         arguments = [*STAGES["sft"], "--steps", str(2 * SFT_STEPS)]  # the last of two equal flags counts
-        train_stage(arguments, directory / "start", data / "positives.jsonl", run, seed)
+        train_stage(train.main, arguments, directory / "start", data / "positives.jsonl", run, seed)
         _evaluate_both(directory, [run / "final"], seed, data)
 
 
@@ -112,7 +114,7 @@ def _compare_method(output: Path, seed: int, method: str) -> None:
     with _output_to(folder / "log.txt"):
         for lr in LEARNING_RATES:
             arguments = [*_stage_2(method), "--lr", lr]
-            train_stage(arguments, directory / "sft/final", _data_of(method, directory), folder / lr, seed)
+            train_stage(train.main, arguments, directory / "sft/final", _data_of(method, directory), folder / lr, seed)
         _evaluate_both(folder, [folder / lr / "final" for lr in LEARNING_RATES], seed, directory / "data")
 
 
@@ -122,14 +124,14 @@ def _compare_dynamics(output: Path, seed: int, method: str) -> None:
     run = output / "dynamics" / _slug(method)
     with _output_to(run.with_name(f"{run.name}.log")):
         arguments = [*_stage_2(method), "--lr", DYNAMICS_LR, "--save-every", "15", "--keep-checkpoints", "0"]
-        train_stage(arguments, directory / "sft/final", _data_of(method, directory), run, seed)
+        train_stage(train.main, arguments, directory / "sft/final", _data_of(method, directory), run, seed)
         models = [directory / "sft/final", *sorted(run.glob("step-*")), run / "final"]
         _evaluate_both(run, models, seed, directory / "data")
 
 
 def _evaluate_both(output: Path, models: list[Path], seed: int, data: Path) -> None:
     for folder, arguments in SAMPLING.items():
-        evaluate_models(models, data / "problems.jsonl", output / folder, [*arguments, "--seed", str(seed)])
+        evaluate_models(evaluate.main, models, data / "problems.jsonl", output / folder, [*arguments, "--seed", str(seed)])
 
 
 def _stage_2(method: str) -> list[str]:
@@ -222,27 +224,17 @@ def _percent(mean: float, sem: float | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m redi.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--seeds", type=int, default=5, help="how many")
-    add("--first-seed", type=int, default=10, help="0 to 3 were used to tune the example (default: %(default)s)")
+    add("--seeds", type=positive_int, default=5, help="how many")
+    add("--first-seed", type=count, default=10, help="0 to 3 were used to tune the example")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
         help=f"these and no others, of: {'; '.join(METHODS)}")  # fmt: skip
-    add("--jobs", type=int, default=os.cpu_count(), help="processes at once (default: one a core)")
-    add("--output", type=Path, default=Path("out/compare"), help="directory (default: %(default)s)")
+    add("--jobs", type=positive_int, default=os.cpu_count(), help="processes at once, one a core")
+    add("--output", type=Path, default=Path("out/compare"), help="directory")
     args = parser.parse_args(argv)
-    for flag in ("seeds", "jobs"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} is {getattr(args, flag)}; expected at least 1")
     compare(args.output, list(range(args.first_seed, args.first_seed + args.seeds)), args.jobs, args.methods)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues where it stopped")
+    run_command(main, "interrupted; the same command continues where it stopped")

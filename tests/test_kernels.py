@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from redi.losses import fp32_product, token_logps, uses_onednn
-from redi.model import MLP, Linear, ModelConfig, RMSNorm
+from redi.model import MLP, Linear, RMSNorm
+from redi.pretrained import parse_config
 from tests import tiny
 
 
@@ -66,7 +67,7 @@ def test_rms_norm(shape, dtype):
 
 
 def test_mlp():
-    mlp = MLP(ModelConfig.from_dict({**tiny.QWEN2, "vocab_size": 10}))
+    mlp = MLP(parse_config({**tiny.QWEN2, "vocab_size": 10}))
     names, parameters = zip(*mlp.named_parameters())
 
     def ours(x, *parameters):

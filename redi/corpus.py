@@ -1,0 +1,206 @@
+"""Rows of a teacher's traces in: parquet or JSONL, from this machine or the hub, one row per problem. No torch."""
+
+import fnmatch
+import hashlib
+import importlib.util
+import itertools
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from redi.files import at, file_digest, read_jsonl, resolve_directory
+
+# Of a parquet file, only these are read.
+COLUMNS = (
+    "id", "uuid", "unique_id", "problem", "question", "answer", "final_answer", "source", "problem_is_valid",
+    "generations", "generation", "response", "correctness", "correctness_llama", "correctness_math_verify",
+)
+CHUNK_ROWS, CHUNK_CHARACTERS = 64, 1 << 20
+
+
+def input_files(path_or_hub_id: str) -> dict[str, Path]:
+    """The files behind --input, by name.
+
+    A file; or of a directory or a dataset on the hub the parquet files, else the JSONL files. Of a dataset that
+    keeps several configurations these are those of the default one, which lies in data/. Raises ValueError.
+    """
+    path = Path(path_or_hub_id)
+    if path.exists() and not path.is_dir():
+        if path.suffix not in (".parquet", ".jsonl"):
+            raise ValueError(f"{path}: expected a .parquet or .jsonl file")
+        return {str(path): path}
+    for folder in ("data/", ""):
+        found = find_files(path_or_hub_id, [f"{folder}*.parquet", f"{folder}*.jsonl"])
+        if found:
+            kind = ".parquet" if any(path.suffix == ".parquet" for path in found.values()) else ".jsonl"
+            return {name: path for name, path in found.items() if path.suffix == kind}
+    raise ValueError(f"{path_or_hub_id}: no .parquet or .jsonl file in it")
+
+
+def find_files(path_or_hub_id: str | Path, patterns: list[str]) -> dict[str, Path]:
+    """Files of a directory, or of a dataset on the hub, by name: path_or_hub_id/path in it. Sorted.
+
+    patterns: globs, whose * matches a / too. Raises ValueError.
+    """
+    if not Path(path_or_hub_id).exists():
+        _ask_for_pyarrow(str(path_or_hub_id), patterns)
+    directory = resolve_directory(path_or_hub_id, patterns, "dataset")
+    found = {}
+    for path in sorted(path for path in directory.rglob("*") if not path.is_dir()):
+        name = str(path.relative_to(directory))
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            found[str(Path(path_or_hub_id, name))] = path
+    return found
+
+
+def _ask_for_pyarrow(hub_id: str, patterns: list[str]) -> None:
+    """Raises ValueError where parquet files would be downloaded, gigabytes perhaps, that cannot be read here."""
+    if importlib.util.find_spec("pyarrow") is not None:
+        return
+    from huggingface_hub import HfApi  # takes 0.2 s to import: only where a hub id is given
+
+    try:
+        names = [file.rfilename for file in HfApi().dataset_info(hub_id).siblings]
+    except (OSError, ValueError):
+        return  # resolve_directory, which asks again, says what is wrong
+    wanted = [name for pattern in patterns for name in fnmatch.filter(names, pattern)]
+    if parquet := [name for name in wanted if name.endswith(".parquet")]:
+        raise _lacks_pyarrow(f"{hub_id}/{parquet[0]}")
+
+
+def _lacks_pyarrow(name: str | Path) -> ValueError:
+    return ValueError(f"{name}: reading parquet needs pyarrow (pip install pyarrow)")
+
+
+def digests(files: dict[str, Path]) -> dict[str, str | None]:
+    """SHA-256 of files by name; None of a pipe, which can be read but once."""
+    return {name: file_digest(path) if path.is_file() else None for name, path in files.items()}
+
+
+def count_rows(files: Iterable[Path]) -> int | None:
+    """How many rows there are where that is known beforehand (parquet). Opens every parquet file, so that a broken
+    shard is found before the work begins. Raises ValueError naming it."""
+    total = 0
+    for file in files:
+        if file.suffix == ".parquet":
+            with _open_parquet(file) as parquet:
+                total += parquet.metadata.num_rows
+                if not parquet.metadata.num_rows:
+                    raise ValueError(f"{file}: no rows")
+    return total or None
+
+
+def read_rows(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
+    """(place, row) of every row; a place is "FILE, row N" or "FILE, line N". Raises ValueError naming it."""
+    for file in files:
+        rows = 0
+        if file.suffix == ".parquet":
+            for rows, row in enumerate(_read_parquet(file), start=1):
+                yield f"{file}, row {rows}", row
+        else:
+            for rows, (number, row) in enumerate(read_jsonl(file), start=1):
+                yield f"{file}, line {number}", row
+        if not rows:
+            raise ValueError(f"{file}: no rows")
+
+
+def _open_parquet(file: Path):
+    try:
+        import pyarrow  # optional, and here alone
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise _lacks_pyarrow(file) from None
+    try:
+        return pyarrow.parquet.ParquetFile(file, pre_buffer=False)  # whole row groups ahead take memory
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a whole parquet file ({_one_line(error)})") from None
+
+
+def _read_parquet(file: Path) -> Iterator[dict]:
+    """Rows with those of COLUMNS that the file has, a few at a time."""
+    with _open_parquet(file) as parquet:
+        import pyarrow
+
+        found = parquet.schema_arrow.names
+        columns = [name for name in found if name in COLUMNS]
+        if not columns:
+            raise ValueError(f"{file}: no column that is known here (found {', '.join(found)})")
+        try:
+            for batch in parquet.iter_batches(batch_size=CHUNK_ROWS, columns=columns):
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: damaged, or text that is not UTF-8 ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def one_row_per_problem(rows: Iterable[tuple[str, dict]], path: Path) -> Iterator[tuple[str, dict]]:
+    """Rows of one generation each, brought together by problem and answer, in the order in which the problems
+    first appear; rows that have `generations` pass as they are. They wait in a file at `path`, not in memory.
+
+    Raises ValueError naming the place of a row that lacks a column.
+    """
+    rows = iter(rows)
+    first = next(rows)
+    rows = itertools.chain([first], rows)
+    column = next((name for name in ("generation", "response") if name in first[1]), None)
+    if "generations" in first[1] or column is None:
+        yield from rows
+        return
+    database = sqlite3.connect(path, isolation_level=None)
+    try:
+        database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
+                               "CREATE TABLE rows (number INTEGER PRIMARY KEY, problem, place, row);")
+        database.execute("BEGIN")
+        for place, row in rows:
+            with at(place):
+                require(row, "problem", "answer", column)
+            problem = digest(json.dumps([row["problem"], row["answer"]]))
+            row = json.dumps({name: value for name, value in row.items() if name in COLUMNS})
+            database.execute("INSERT INTO rows (problem, place, row) VALUES (?, ?, ?)", (problem, place, row))
+        database.execute("CREATE INDEX by_problem ON rows (problem, number)")
+        database.execute("COMMIT")
+        for problem, _ in database.execute("SELECT problem, MIN(number) FROM rows GROUP BY problem ORDER BY 2"):
+            same = database.execute("SELECT place, row FROM rows WHERE problem = ? ORDER BY number", [problem])
+            (place, row), *others = ((place, json.loads(row)) for place, row in same)
+            yield place, {**row, "generations": [row.get(column), *(other.get(column) for _, other in others)]}
+    except sqlite3.Error as error:
+        raise ValueError(f"{path}: {error}") from None
+    finally:
+        database.close()
+        path.unlink(missing_ok=True)
+
+
+def in_chunks(rows: Iterable[tuple[str, dict]]) -> Iterator[list[tuple[str, dict]]]:
+    """Lists of rows bounded in number and in text, so that memory depends on neither corpus nor length."""
+    chunk, characters = [], 0
+    for place, row in rows:
+        generations = row.get("generations")
+        chunk.append((place, row))
+        if isinstance(generations, list):
+            characters += sum(len(text) for text in generations if isinstance(text, str))
+        if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def require(row: dict, *names: str) -> None:
+    """Raises ValueError where a column is missing."""
+    for name in names:
+        if name not in row:
+            raise ValueError(f"no column '{name}' (found {', '.join(row) or 'none'})")
+
+
+def row_id(row: dict) -> str:
+    """The row's own id, else one made of its problem."""
+    own = next((row[name] for name in ("id", "uuid", "unique_id") if row.get(name) not in (None, "")), None)
+    return str(own) if own is not None else digest(row["problem"])
+
+
+def digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

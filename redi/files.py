@@ -1,0 +1,244 @@
+"""Files in and out: JSONL, JSON objects, writes that are whole or absent, digests. Imports no torch."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+MAX_LINE_BYTES = 64 * 2**20
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Yield (line number from 1, object) of each non-blank line.
+
+    Raises ValueError naming file and line for invalid UTF-8, malformed JSON, anything but an object, and
+    lines over 64 MiB (which are not read whole).
+    """
+    with open_to_read(path) as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(f"{path}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB")
+            if line.strip():
+                with at(f"{path}, line {number}"):
+                    row = _json_object(line)
+                yield number, row
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file. Raises ValueError naming the file where it is absent, malformed, or no object."""
+    with open_to_read(path) as file, at(str(path)):
+        return _json_object(file.read())
+
+
+def open_to_read(path: str | Path):
+    """A binary file. Raises ValueError naming one that cannot be read."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _json_object(content: bytes) -> dict:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:  # not UTF-8, malformed, a number of thousands of digits
+        raise ValueError(f"not valid JSON in UTF-8: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def json_line(row: dict, errors: str = "backslashreplace") -> bytes:
+    """One line of JSON in readable UTF-8. A lone surrogate, which UTF-8 cannot hold, stays a \\u escape;
+    with errors="strict" it raises UnicodeEncodeError, a ValueError."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", errors)
+
+
+def append_row(path: str | Path, row: dict) -> None:
+    """Add one line to a JSONL file: the whole line, or (disk full: OSError naming it) nothing of it."""
+    line = json_line(row)
+    with naming(path), open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(line) < len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def drop_partial_line(path: str | Path) -> None:
+    """Cut what a killed process left after the last line end of a JSONL file, if there is that file."""
+    if not Path(path).exists():
+        return
+    with open(path, "rb+") as file:
+        end = start = file.seek(0, os.SEEK_END)
+        while start > 0:
+            start = max(0, start - 65536)
+            file.seek(start)
+            newline = file.read(min(65536, end - start)).rfind(b"\n")
+            if newline >= 0:
+                start += newline + 1
+                break
+        if start < end:
+            file.truncate(start)
+
+
+@contextlib.contextmanager
+def at(place: str):
+    """Say where: the words of a ValueError raised in the block begin with the place ("FILE, line 3")."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+@contextlib.contextmanager
+def naming(path: str | Path):
+    """Put the path into an OSError that lacks it, as one of a write or fsync does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path):
+    """Yields the name to write under: the file takes its own name, whole, when the block ends well, or not at all."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | Path):
+    """A binary file that appears under its name whole and on disk, when the block ends well, or not at all."""
+    with replacing(path) as partial, naming(path), open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def new_directory(output: str | Path, overwrite: bool, names: Collection[str]) -> Iterator[Path]:
+    """A hidden directory beside `output` that takes its name, whole and on disk, when the block ends well, and else
+    is removed.
+
+    names: the files that the block writes, which `overwrite` may replace. Raises ValueError where output holds
+    something else, or another run is writing it.
+    """
+    output = Path(output).absolute()
+    partial, replaced = (output.with_name(f".{output.name}.{state}") for state in ("partial", "replaced"))
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"another run is writing {output}") from None
+    try:
+        if replaced.exists() and not output.exists():  # a run was killed between its two renames
+            replaced.rename(output)
+        present = _replaceable_files(output, overwrite, names)
+        for leftover in partial.iterdir():  # of a run that was killed
+            leftover.unlink()
+        with naming(output):
+            yield partial
+        for path in (*partial.iterdir(), partial):
+            fsync(path)
+        if present:
+            shutil.rmtree(replaced, ignore_errors=True)
+            output.rename(replaced)
+        partial.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not output.exists():
+            replaced.rename(output)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _replaceable_files(output: Path, overwrite: bool, names: Collection[str]) -> list[str]:
+    """The files in output. Raises ValueError where they may not be replaced by those of these names."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output}: expected a directory, found a file")
+    present = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    if present and not overwrite:
+        raise ValueError(f"{output} already holds {present[0]}: choose another --output, or --overwrite it")
+    if foreign := [name for name in present if name not in names]:
+        raise ValueError(f"{output} holds {foreign[0]}, which is not this command's: choose another --output")
+    return present
+
+
+def write_json(path: str | Path, value: dict) -> None:
+    with write_atomically(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+
+
+@contextlib.contextmanager
+def saving_safetensors(path: str | Path):
+    """Around a call of safetensors' save_file: a full disk is an OSError, the file has the permissions that the
+    umask gives (save_file's own are 0600, which another user's inference server cannot read) and is on disk."""
+    path = Path(path)
+    path.touch()
+    permissions = path.stat().st_mode
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    path.chmod(permissions)
+    fsync(path)
+
+
+def fsync(path: str | Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises ValueError naming a file that cannot be read."""
+    with open_to_read(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """The first 16 hexadecimal digits of a text's SHA-256: enough to name a cache file by."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def resolve_directory(path_or_hub_id: str | Path, patterns: list[str], repo_type: str = "model") -> Path:
+    """A local directory as it is; otherwise a Hugging Face hub id, of which the files that match `patterns`
+    (globs) are downloaded into the hub's cache.
+
+    Raises ValueError when there is no such directory, and no such repository or no way to the hub.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{path}: expected a directory, found a file")
+    from huggingface_hub import snapshot_download  # takes 0.2 s to import: only where a hub id is given
+
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), repo_type=repo_type, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # every error of huggingface_hub is one of the two
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path_or_hub_id}: no such directory, and the Hugging Face hub gave no {repo_type} "
+                         f"of that name ({type(error).__name__}: {reason[:300]})") from None

@@ -1,0 +1,84 @@
+"""A problem to solve: its text as the user's message, its gold answers, and files of problems (benchmarks)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from redi.answer_checker import extract_answer
+from redi.files import at, file_digest, read_jsonl
+
+# What a problem is wrapped in before it becomes the user's message, in training data and in evaluation alike.
+# "open-r1" is the evaluation template of open-r1 and lighteval (paper, Appendix C.5; MATH_QUERY_TEMPLATE in
+# openr1/src/open_r1/evaluate.py of the official code), both spaces after "clearly." included.
+PROMPT_TEMPLATES = {
+    "none": "{problem}",
+    "open-r1": (
+        "Solve the following math problem efficiently and clearly.  The last line of your response should be "
+        "of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' "
+        "(without quotes) where ANSWER is just the final number or expression that solves the problem. Think "
+        "step by step before answering.\n\n{problem}"
+    ),
+}
+
+
+def user_message(problem: str, prompt_template: str = "none") -> dict:
+    """The user's message for a problem. `prompt_template` is a key of PROMPT_TEMPLATES."""
+    return {"role": "user", "content": PROMPT_TEMPLATES[prompt_template].replace("{problem}", problem)}
+
+
+def gold_answers(value) -> list[str]:
+    """The texts of a gold answer: a text or a number, or a list of acceptable ones; [] where there is none.
+
+    Raises ValueError for anything else.
+    """
+    answers = []
+    for answer in value if isinstance(value, list) else [value]:
+        if isinstance(answer, float) and answer.is_integer():  # AMC's answers are floats in the file: 142.0
+            answer = int(answer)
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
+            raise ValueError(f"'answer' must be a text, a number, or a list of them, found {answer!r}")
+        answers.append("" if answer is None else str(answer).strip())
+    return [answer for answer in answers if answer]
+
+
+@dataclass
+class Benchmark:
+    name: str  # of the file, without its suffix
+    problems: dict[str, str]  # by id, in the file's order; the first --limit
+    answers: dict[str, list[str]]  # by id, for all of the file: any of them is right
+    digest: str  # SHA-256 of the file
+
+
+def read_benchmark(path: str | Path, limit: int | None = None) -> Benchmark:
+    """Read problems: `problem` or `question`; `answer` or `final_answer` (a text, a number, or a list of
+    acceptable ones), or a `solution` with a box; `id` or `unique_id`, or else NAME-0, NAME-1, ….
+
+    Raises ValueError naming file and line.
+    """
+    name, problems, answers, lines = Path(path).stem, {}, {}, {}
+    for line, row in read_jsonl(path):
+        id, problem = _first_of(row, "id", "unique_id"), _first_of(row, "problem", "question")
+        id = f"{name}-{len(lines)}" if id is None else str(id)
+        with at(f"{path}, line {line}"):
+            if not isinstance(problem, str) or not problem.strip():
+                raise ValueError("expected a text under 'problem' or 'question'")
+            if id in lines:
+                raise ValueError(f"id {id!r} is already that of line {lines[id]}")
+            lines[id], problems[id], answers[id] = line, problem, _answers(row)
+    if not problems:
+        raise ValueError(f"{path}: holds no problems")
+    return Benchmark(name, {id: problems[id] for id in list(problems)[:limit]}, answers, file_digest(path))
+
+
+def _answers(row: dict) -> list[str]:
+    found = _first_of(row, "answer", "final_answer")
+    if found is None and isinstance(row.get("solution"), str):
+        found = extract_answer(row["solution"])
+    answers = gold_answers(found)
+    if not answers or isinstance(found, list) and len(answers) < len(found):
+        raise ValueError("expected an answer (a text, a number, or a list of them) under 'answer' or 'final_answer', "
+                         f"or a 'solution' with a box; found {found!r}")
+    return answers
+
+
+def _first_of(row: dict, *keys: str):
+    return next((row[key] for key in keys if row.get(key) is not None), None)

@@ -1,0 +1,89 @@
+"""Results: a row for each model and benchmark, the table on the screen, and results.json, which holds such rows."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from redi.files import read_json, write_json
+from redi.metrics import pass_at_1, pass_at_k
+from redi.problems import Benchmark
+from redi.samples import Key, checker_version
+
+
+def summarise(benchmark: Benchmark, samples: dict[Key, dict], k: int, settings: dict) -> dict:
+    """One row of results over samples 0 to k-1 of every problem.
+
+    sem, sem_problems: standard errors of pass@1 (redi/metrics.py). Shares: boxed, of responses with an answer in a box;
+    truncated, of those that a limit ended. None where samples made elsewhere do not tell.
+    """
+    rows = [samples[id, sample] for id in benchmark.problems for sample in range(k)]
+    correct = np.array([row["correct"] for row in rows]).reshape(-1, k)
+    mean, sem, sem_problems = pass_at_1(correct)
+    reasons, tokens = ([row[key] for row in rows] for key in ("finish_reason", "tokens"))
+    waits = sum(row["response"].count("Wait") for row in rows)  # paper, Figure 8
+    total = None if None in tokens else sum(tokens)
+    return {
+        "benchmark": benchmark.name,
+        "problems": len(correct),
+        "samples": k,
+        "pass@1": mean,
+        "sem": sem,
+        "sem_problems": sem_problems,
+        "pass@k": {str(i): pass_at_k(correct, i) for i in sorted({*(2**j for j in range(k.bit_length())), k})},
+        "boxed": sum(row["answer"] is not None for row in rows) / len(rows),
+        "truncated": None if None in reasons else reasons.count("length") / len(rows),
+        "mean_tokens": None if total is None else total / len(rows),
+        "waits_per_response": waits / len(rows),
+        "waits_per_token": waits / total if total else None,
+        "settings": settings,
+        "versions": {
+            "checker": checker_version(),
+            **{package: version(package) for package in ("torch", "tokenizers", "jinja2")},
+        },
+    }
+
+
+def report(table: list[dict], output: str | None) -> None:
+    """Print the rows, and put them into OUTPUT/results.json beside those of other models and benchmarks."""
+    lines = [("benchmark", "model", "n", "pass@1", "± runs", "± problems", "pass@k", "boxed", "truncated", "tokens")]
+    for row in sorted(table, key=lambda row: row["benchmark"]):
+        k, tokens = str(row["samples"]), row["mean_tokens"]
+        lines.append((
+            row["benchmark"],
+            row["model"],
+            str(row["problems"]),
+            _percent(row["pass@1"]),
+            _percent(row["sem"]),
+            _percent(row["sem_problems"]),
+            f"{_percent(row['pass@k'][k])} (k = {k})",
+            _percent(row["boxed"], " %"),
+            _percent(row["truncated"], " %"),
+            "-" if tokens is None else f"{tokens:.0f}",
+        ))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    if not output:
+        return
+    path = Path(output) / "results.json"
+    rows = {(row["benchmark"], row["model"]): row for row in [*read_results(path), *table]}
+    for leftover in path.parent.glob(f"{path.name}.partial-*"):  # of a run killed just here
+        leftover.unlink()
+    write_json(path, {"results": [rows[key] for key in sorted(rows)]})
+
+
+def read_results(path: Path) -> list[dict]:
+    """The rows of a results.json; none where there is no such file. Raises ValueError naming a file that is none."""
+    if not path.exists():
+        return []
+    rows = read_json(path).get("results")
+    texts, numbers = ("benchmark", "model", "path"), ("pass@1", "sem")
+    for row in rows if isinstance(rows, list) else [None]:
+        if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in texts) and {*numbers} <= {*row}):
+            raise ValueError(f"{path}: expected 'results', a list of rows with {', '.join(texts + numbers)}")
+    return rows
+
+
+def _percent(share: float | None, unit: str = "") -> str:
+    return "-" if share is None else f"{100 * share:.1f}{unit}"

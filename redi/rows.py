@@ -1,0 +1,168 @@
+"""A line of positives or pairs, in any form that TRL reads too -> token ids of its prompt and completions. No torch."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice, takewhile
+from pathlib import Path
+
+from redi.files import at, read_jsonl
+from redi.tokenizer import PREFILL, Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """Everything besides file and tokenizer that decides the token ids. Limits are in tokens."""
+
+    pairs: bool
+    max_prompt: int  # longer prompts are dropped, never truncated
+    max_response: int  # the end of turn included, as in |y|
+    max_total: int
+    prefill: str = PREFILL
+    system_prompt: str | None = None
+    append_end_of_text: bool = False  # official: `\n<|endoftext|>` after the end of turn, counted in |y|
+    loss_on_prompt: bool = False  # official stage 1
+
+    def fit(self, prompt: list[int], *completions: list[int]) -> bool:
+        """Whether an example, as token ids, is within the limits."""
+        longest = max(map(len, completions))
+        within = len(prompt) <= self.max_prompt and longest <= self.max_response
+        return within and len(prompt) + longest <= self.max_total
+
+
+@dataclass
+class Example:
+    """One row: the prompt (messages, or text to be continued as it stands) and its completions.
+
+    completions has one text for SFT, and (chosen, rejected) for pairs.
+    """
+
+    line: int
+    prompt: list[dict] | str
+    completions: tuple[str, ...]
+
+
+def encode_rows(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> Iterator[tuple[int, list[list[int]]]]:
+    """(line, [prompt ids, completion ids, …]) of every row. Raises ValueError naming file and line."""
+    stream = read_examples(path, settings.pairs)
+    while examples := list(islice(stream, 256)):
+        try:
+            encoded = encode(examples, tokenizer, settings)
+        except ValueError:
+            for example in examples:  # one by one, to tell which it was
+                with at(f"{path}, line {example.line}"):
+                    encode([example], tokenizer, settings)
+            raise
+        yield from zip((example.line for example in examples), encoded)
+
+
+def encode(examples: list[Example], tokenizer: Tokenizer, settings: TokenSettings) -> list[list[list[int]]]:
+    """[prompt ids, completion ids, …] of each example; a completion ends with the end of turn.
+
+    A plain-text prompt is continued as it stands; a conversation goes through the chat template. Raises
+    ValueError for text that UTF-8 cannot hold, messages that the template refuses, and what has no tokens.
+    """
+    end = [tokenizer.end_of_turn_id]
+    if settings.append_end_of_text:
+        if tokenizer.end_of_text_id is None:
+            raise ValueError(f"{tokenizer.directory}: the tokenizer has no end-of-text token to append")
+        end += tokenizer.encode("\n") + [tokenizer.end_of_text_id]
+    prompts = [
+        example.prompt
+        if isinstance(example.prompt, str)
+        else tokenizer.render_prompt(example.prompt, settings.system_prompt)
+        for example in examples
+    ]
+    columns = [tokenizer.encode_batch(prompts)]
+    for texts in zip(*(example.completions for example in examples)):
+        columns.append(tokenizer.encode_completions(list(texts), settings.prefill, prompts))
+    if not all(ids for column in columns for ids in column):
+        raise ValueError("the prompt or a completion has no tokens")
+    rows = [[prompt, *(ids + end for ids in completions)] for prompt, *completions in zip(*columns)]
+    if settings.pairs and any(chosen == rejected for _, chosen, rejected in rows):
+        raise ValueError("chosen and rejected have the same token ids")
+    return rows
+
+
+def read_examples(path: str | Path, pairs: bool) -> Iterator[Example]:
+    """Read positives (pairs=False) or pairs in any of TRL's forms.
+
+    Message lists or plain strings; for pairs a prompt of its own or left implicit as the common start of
+    chosen and rejected; for SFT prompt and completion, or `messages` that end with the assistant.
+    Raises ValueError naming file, line and key.
+    """
+    for line, row in read_jsonl(path):
+        with at(f"{path}, line {line}"):
+            prompt, completions = _pair(row) if pairs else _positive(row)
+            if not all(text.strip() for text in completions):
+                raise ValueError("a completion is empty")
+            if pairs and completions[0] == completions[1]:
+                raise ValueError("chosen equals rejected, which teaches nothing")
+        yield Example(line, prompt, completions)
+
+
+def _positive(row: dict) -> tuple[list[dict] | str, tuple[str]]:
+    if "messages" in row:
+        *prompt, answer = _messages(row, "messages")
+        if not prompt:
+            raise ValueError("'messages' has no prompt before the answer")
+        return prompt, (_assistant_text([answer], "messages"),)
+    completion, prompt = _field(row, "completion"), _field(row, "prompt")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, (completion,)
+    return _as_messages(row, "prompt"), (_assistant_text(_messages(row, "completion"), "completion"),)
+
+
+def _pair(row: dict) -> tuple[list[dict] | str, tuple[str, str]]:
+    chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        prompt = row["prompt"] if "prompt" in row else os.path.commonprefix([chosen, rejected])
+        if not isinstance(prompt, str):
+            raise ValueError("'prompt' is a list of messages but 'chosen' and 'rejected' are strings")
+        if "prompt" in row:
+            return prompt, (chosen, rejected)
+        prompt = prompt.removesuffix(" ")  # a word break belongs to the completions, as with an explicit prompt
+        if not prompt:
+            raise ValueError("no key 'prompt', and 'chosen' and 'rejected' have no common start")
+        return prompt, (chosen[len(prompt) :], rejected[len(prompt) :])
+    chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1]))
+    prompt = [message for message, _ in shared]
+    completions = chosen[len(prompt) :], rejected[len(prompt) :]
+    if not prompt or isinstance(row.get("prompt"), list):
+        stated = _as_messages(row, "prompt")
+        if prompt[: len(stated)] != stated:  # else the conversations only repeat the prompt beside them
+            prompt = stated + prompt
+    return prompt, (_assistant_text(completions[0], "chosen"), _assistant_text(completions[1], "rejected"))
+
+
+def _field(row: dict, key: str):
+    if key not in row:
+        found = f"no key {key!r} (found {', '.join(sorted(row)) or 'none'})"
+        if key == "completion" and "chosen" in row:
+            raise ValueError(f"{found}: a pair, where a row of one completion is expected")
+        if key == "chosen" and "completion" in row:
+            raise ValueError(f"{found}: a row of one completion, where a pair is expected")
+        raise ValueError(found)
+    return row[key]
+
+
+def _as_messages(row: dict, key: str) -> list[dict]:
+    value = _field(row, key)
+    return [{"role": "user", "content": value}] if isinstance(value, str) else _messages(row, key)
+
+
+def _messages(row: dict, key: str) -> list[dict]:
+    messages = _field(row, key)
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{key!r} must be a non-empty list of messages or a string")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError(f"{key!r} holds a message without the strings 'role' and 'content'")
+    return messages
+
+
+def _assistant_text(messages: list[dict], key: str) -> str:
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise ValueError(f"{key!r} must end with exactly one assistant message after the prompt")
+    return messages[0]["content"]

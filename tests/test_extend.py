@@ -1,0 +1,115 @@
+"""What a reader may want to change, done on a copy: README's new objective to the letter, and a new metric."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from redi.pretrained import load_pretrained
+from redi.tokenizer import Tokenizer
+from tests import tiny
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The code, a model and pairs, in a directory of its own."""
+    shutil.copytree(ROOT / "redi", tmp_path / "redi", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "evaluate.py"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    tiny.write_model(tmp_path / "model", hidden_size=36, intermediate_size=50, num_hidden_layers=1)
+    tiny.write_rows(tmp_path, examples=8)
+    return tmp_path
+
+
+def edit(path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1, (path, old)
+    path.write_text(text.replace(old, new))
+
+
+def train(copy, method: str, *flags: str, output="out", ok: bool = True) -> str:
+    words = [method, "--model", "model", "--data", "pairs.jsonl", "--output", output, "--batch-size", "4", *flags]
+    run = subprocess.run([sys.executable, "train.py", *words], cwd=copy, capture_output=True, text=True, timeout=300)
+    assert (run.returncode == 0) == ok, run.stderr
+    return run.stdout if ok else run.stderr
+
+
+def metrics(copy, output="out") -> list[dict]:
+    return [json.loads(line) for line in (copy / output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_new_objective_as_readme_adds_it(copy):
+    section = (ROOT / "README.md").read_text().partition("## Add an objective")[2].partition("\n## ")[0]
+    loss, entry = re.findall(r"```python\n# [^\n]*\n(.*?)```", section, re.DOTALL)
+    with open(copy / "redi" / "losses.py", "a") as file:
+        file.write("\n\n" + loss)
+    edit(copy / "train.py", '    "simpo": Method(\n', f'{entry}    "simpo": Method(\n')
+
+    shown = train(copy, "ln-dpo", "--help")
+    assert "scale of the margin per token (default: 2.0)" in shown and "--gamma" not in shown and "3e-07" in shown
+    assert re.search(r"steps +2 of 4", train(copy, "ln-dpo", "--plan", "--epochs", "1"))
+    settings = ["--epochs", "2", "--lr", "1e-3", "--save-every", "2"]
+    train(copy, "ln-dpo", *settings, output="whole")
+    rows = metrics(copy, "whole")
+    assert len(rows) == 4 and rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[-1]["loss"] < rows[0]["loss"]
+    assert len(list(copy.glob("pairs.jsonl.reference-*"))) == 1
+
+    shutil.copytree(copy / "whole", copy / "cut")
+    for name in ("final", "step-000004"):
+        shutil.rmtree(copy / "cut" / name)
+    refused = train(copy, "ln-dpo", *settings, "--beta", "1", "--resume", output="cut", ok=False)
+    assert "was begun with --beta 2.0, not 1.0; a resumed run keeps its settings" in refused
+    assert "from step 2" in train(copy, "ln-dpo", *settings, "--resume", output="cut")
+    final = "final/model.safetensors"
+    assert (copy / "cut" / final).read_bytes() == (copy / "whole" / final).read_bytes()
+
+    for flag, owners in (("--gamma=3", "simpo"), ("--label-smoothing=0.1", "dpo"), ("--alpha=1", "redi")):
+        refused = train(copy, "ln-dpo", flag, output="refused", ok=False)
+        assert refused == f"error: ln-dpo has no flag {flag.partition('=')[0]}: it is for {owners}\n"
+    assert train(copy, "sft", "--beta=2", output="refused", ok=False).endswith("it is for dpo and ln-dpo and simpo\n")
+    assert not (copy / "refused").exists()
+
+
+def test_a_new_metric_in_two_files(copy):
+    """The mean entropy, in nats a token, of the model's predictions over chosen and rejected responses."""
+    losses, loop = copy / "redi" / "losses.py", copy / "train.py"
+    edit(losses, "        logsumexps = torch.empty_like(logps)\n",
+         "        logsumexps = torch.empty_like(logps)\n        entropies = torch.empty_like(logps)\n")
+    edit(losses, "            logsumexps[rows] = (maxima + sums.log()).squeeze(1)\n",
+         "            logsumexps[rows] = (maxima + sums.log()).squeeze(1)\n"
+         "            probs = exps / sums\n"
+         "            entropies[rows] = -torch.xlogy(probs, probs).sum(-1)\n")
+    edit(losses, "        return logps.sub_(logsumexps)\n",
+         "        ctx.mark_non_differentiable(entropies)\n        return logps.sub_(logsumexps), entropies\n")
+    edit(losses, "    def backward(ctx, grad_logps):\n", "    def backward(ctx, grad_logps, _):\n")
+    edit(losses, "    logps = _LabelLogps.apply(hidden[positions], head_weight, labels[positions], chunk_size)\n"
+         "    return torch.zeros(len(labels), device=hidden.device).index_copy(0, positions, logps)\n",
+         "    found = _LabelLogps.apply(hidden[positions], head_weight, labels[positions], chunk_size)\n"
+         "    zeros = torch.zeros(len(labels), device=hidden.device)\n"
+         "    return tuple(zeros.index_copy(0, positions, values) for values in found)\n")
+    edit(loop, "            token_logps = model(*micro.model_inputs())\n",
+         "            token_logps, entropies = model(*micro.model_inputs())\n")
+    edit(loop, "                totals[name] += term\n",
+         "                totals[name] += term\n"
+         "            sums, _ = sequence_logps(entropies, micro.labels, micro.cu_seqlens)\n"
+         "            for name, mean in zip((\"chosen_entropy\", \"rejected_entropy\"), (sums / lengths).chunk(2)):\n"
+         "                totals[name] += micro.weight / len(rows) * mean.sum()\n")
+    train(copy, "redi", "--steps", "1", "--batch-size", "8", "--micro-batch-tokens", "300")
+    row, = metrics(copy)
+
+    model, tokenizer = load_pretrained(copy / "model"), Tokenizer.from_pretrained(copy / "model")
+    rows = [json.loads(line) for line in (copy / "pairs.jsonl").read_text().splitlines()]
+    for name in ("chosen", "rejected"):
+        means, end = [], [tokenizer.end_of_turn_id]
+        for pair in rows:
+            prompt = tokenizer.encode(tokenizer.render_prompt(pair["prompt"]))
+            ids = torch.tensor(prompt + tiny.completion_ids(tokenizer, pair[name][0]["content"]) + end)
+            log_probs = tiny.all_logits(model, ids).log_softmax(-1)[len(prompt) - 1 :]
+            means.append(-(log_probs.exp() * log_probs).sum(-1).mean())
+        assert row[f"{name}_entropy"] == pytest.approx(torch.stack(means).mean().item(), abs=1e-5)

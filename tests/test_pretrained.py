@@ -1,0 +1,341 @@
+"""Model directories in and out: config.json in both spellings, weights, and what is refused by name."""
+
+import json
+import math
+import os
+import stat
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from redi import pretrained
+from redi.pretrained import config_json, load_config, load_pretrained, parse_config, save_pretrained, weights_digest
+from redi.tokenizer import Tokenizer
+from tests import tiny
+from tests.test_model import LLAMA3_SCALING, VOCAB, make_config
+from tests.tiny import QWEN2
+
+SCALED = {
+    "model_type": "llama", "rope_theta": 500000.0, "tie_word_embeddings": False, "rope_scaling": LLAMA3_SCALING,
+}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    tiny.write_model(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def same_weights(a, b) -> bool:
+    a, b = dict(a.named_parameters()), dict(b.named_parameters())
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+# config.json
+
+
+def test_both_spellings_of_rope_give_the_same_config():
+    plain = {key: value for key, value in QWEN2.items() if key != "rope_theta"} | {"vocab_size": VOCAB}
+    old = parse_config({**plain, "rope_theta": 300000.0})
+    new = parse_config({**plain, "rope_parameters": {"rope_type": "default", "rope_theta": 300000.0}})
+    both = parse_config({**plain, "rope_theta": 300000.0, "rope_scaling": None,
+                                  "rope_parameters": {"rope_type": "default", "rope_theta": 300000.0}})
+    assert replace(old, raw={}) == replace(new, raw={}) == replace(both, raw={}) and old.rope_theta == 300000.0
+    scaled_old = parse_config({**plain, "rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING})
+    oldest = {("type" if key == "rope_type" else key): value for key, value in LLAMA3_SCALING.items()}
+    scaled_oldest = parse_config({**plain, "rope_theta": 5e5, "rope_scaling": oldest})
+    scaled_new = parse_config({**plain, "rope_parameters": {**LLAMA3_SCALING, "rope_theta": 5e5}})
+    assert replace(scaled_old, raw={}) == replace(scaled_oldest, raw={}) == replace(scaled_new, raw={})
+    assert scaled_old.rope_theta == 5e5 and scaled_old.rope_scaling["factor"] == 8.0
+
+
+def test_spellings_that_disagree_are_refused():
+    with pytest.raises(ValueError, match="rope_theta is 10000.0 but rope_parameters.rope_theta is 300000.0"):
+        make_config(rope_parameters={"rope_type": "default", "rope_theta": 300000.0})
+
+
+def test_config_json_reads_back_as_the_same_config_in_both_spellings():
+    config = make_config(model_type="llama", rope_scaling=LLAMA3_SCALING, rope_theta=5e5, eos_token_id=[7, 8])
+    raw = json.loads(json.dumps(config_json(config, torch.bfloat16)))
+    assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == 5e5
+    assert raw["rope_scaling"]["rope_type"] == raw["rope_parameters"]["rope_type"] == "llama3"
+    assert raw["dtype"] == raw["torch_dtype"] == "bfloat16" and raw["architectures"] == ["LlamaForCausalLM"]
+    assert raw["eos_token_id"] == [7, 8]  # keys we do not know survive
+    for other_spelling in (("rope_theta", "rope_scaling"), ("rope_parameters",)):
+        other = {key: value for key, value in raw.items() if key not in other_spelling}
+        assert replace(parse_config(other), raw={}) == replace(config, raw={})
+
+
+def test_overrides_replace_the_values_in_the_file():
+    raw = {**QWEN2, "vocab_size": VOCAB}
+    config = parse_config(raw, rope_theta=300000.0, max_position_embeddings=32768)
+    assert config.rope_theta == 300000.0 and config.max_position_embeddings == 32768
+    assert config_json(config, torch.float32)["rope_parameters"]["rope_theta"] == 300000.0
+    assert config_json(config, torch.float32)["max_position_embeddings"] == 32768
+
+
+def test_sizes_left_out_take_their_defaults():
+    raw = {**QWEN2, "vocab_size": VOCAB}
+    del raw["num_key_value_heads"], raw["rope_theta"], raw["rms_norm_eps"], raw["tie_word_embeddings"]
+    config = parse_config(raw)
+    assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (6, 8, 10000.0)
+    assert config.rms_norm_eps == 1e-6 and not config.tie_word_embeddings
+
+
+REFUSED = [
+    ({"model_type": "mixtral"}, "model_type is 'mixtral'; supported are qwen2, qwen3, llama"),
+    ({"model_type": None}, "model_type is None"),
+    ({"model_type": ["qwen2"]}, "model_type is"),
+    ({"use_sliding_window": True}, "use_sliding_window is True, which is not supported"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*sliding_attention"),
+    ({"layer_types": 3}, "layer_types"),
+    ({"num_experts": 60}, "num_experts is 60"),
+    ({"num_local_experts": 8}, "num_experts|num_local_experts"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"model_type": "llama", "attention_bias": True}, "attention_bias is True"),
+    ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is True"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type is 'linear'"),
+    ({"rope_scaling": "yarn"}, "rope_scaling"),
+    ({"rope_parameters": [1]}, "rope_parameters"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
+    ({"rope_scaling": {**LLAMA3_SCALING, "factor": 0}}, "factor is 0; expected"),
+    ({"rope_scaling": {**LLAMA3_SCALING, "low_freq_factor": 4.0}}, "low_freq_factor must be below"),
+    ({"rope_theta": -1.0}, "rope_theta is -1.0; expected a positive number"),
+    ({"rope_theta": math.nan}, "rope_theta is nan"),
+    ({"rope_theta": "1e6"}, "rope_theta is '1e6'"),
+    ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+    ({"hidden_size": 10**12}, "hidden_size is 1000000000000; expected a whole number from 1 to 65536"),
+    ({"vocab_size": 10**15}, "vocab_size is"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"num_hidden_layers": -3}, "num_hidden_layers is -3"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"head_dim": 10**9}, "head_dim is 1000000000"),
+    ({"head_dim": 7}, "head_dim is 7; rotary embeddings need an even number"),
+    ({"intermediate_size": 1.5}, "intermediate_size is 1.5"),
+    ({"intermediate_size": True}, "intermediate_size is True"),
+    ({"vocab_size": "many"}, "vocab_size is 'many'"),
+    ({"hidden_size": None}, "hidden_size is None"),
+    ({"num_key_value_heads": 4}, "num_attention_heads must be a multiple of num_key_value_heads"),
+    ({"max_position_embeddings": None}, "max_position_embeddings is None"),
+]
+
+
+@pytest.mark.parametrize("changes, message", REFUSED, ids=lambda x: str(x)[:60])
+def test_what_is_not_supported_is_refused_by_name(changes, message):
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=message):
+        make_config(**changes)
+    assert time.perf_counter() - started < 5  # and before any memory is taken
+
+
+def test_switches_that_are_off_are_accepted():
+    make_config(use_sliding_window=False, sliding_window=4096, max_window_layers=28, quantization_config=None,
+                layer_types=["full_attention"] * 3, rope_scaling=None, hidden_act="silu", num_experts=None)
+
+
+
+# Directories
+
+
+@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen3", "head_dim": 14}, SCALED])
+def test_round_trip(tmp_path, changes):
+    model = tiny.write_model(tmp_path / "first", **changes)
+    loaded = load_pretrained(tmp_path / "first")
+    assert same_weights(model, loaded)
+    save_pretrained(loaded, tmp_path / "second", Tokenizer.from_pretrained(tmp_path / "first"))
+    for name in os.listdir(tmp_path / "first"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+    assert sorted(os.listdir(tmp_path / "first")) == sorted(os.listdir(tmp_path / "second"))
+
+
+def test_files_of_a_saved_directory(directory):
+    config, generation = read(directory / "config.json"), read(directory / "generation_config.json")
+    assert config["architectures"] == ["Qwen2ForCausalLM"] and config["model_type"] == "qwen2"
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    tokenizer = Tokenizer.from_pretrained(directory)
+    assert generation["eos_token_id"] == tokenizer.stop_ids == [2, 0]  # <|im_end|>, <|endoftext|>
+    assert "lm_head.weight" not in load_file(directory / "model.safetensors")  # tied: no second copy
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (directory / name).is_file()
+    mode = stat.S_IMODE((directory / "model.safetensors").stat().st_mode)
+    assert mode & 0o444 == 0o444, oct(mode)  # safetensors alone would write 0600
+
+
+def test_generation_settings_of_the_start_survive(directory, tmp_path):
+    (directory / "generation_config.json").write_text('{"temperature": 0.7, "eos_token_id": 99, "top_p": 0.8}')
+    save_pretrained(load_pretrained(directory), tmp_path / "out", Tokenizer.from_pretrained(directory))
+    saved = read(tmp_path / "out" / "generation_config.json")
+    assert saved["temperature"] == 0.7 and saved["top_p"] == 0.8 and 2 in saved["eos_token_id"]
+
+
+def test_chat_template_file_is_copied(directory, tmp_path):
+    (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] }}<|im_end|>")
+    save_pretrained(load_pretrained(directory), tmp_path / "out", Tokenizer.from_pretrained(directory))
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}<|im_end|>"
+
+
+def test_bf16_in_and_out(directory, tmp_path):
+    model = load_pretrained(directory, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    save_pretrained(model, tmp_path / "a")
+    save_pretrained(load_pretrained(directory), tmp_path / "b", dtype=torch.bfloat16)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert read(tmp_path / "b" / "config.json")["dtype"] == "bfloat16"
+    again = load_pretrained(tmp_path / "b", dtype=torch.float32)
+    assert all(torch.equal(a, b.float()) for a, b in zip(again.parameters(), model.parameters()))
+
+
+def test_large_models_are_split_over_files(directory, tmp_path, monkeypatch):
+    model = load_pretrained(directory)
+    monkeypatch.setattr(pretrained, "SHARD_BYTES", 70_000)  # of 270 kB; less than the embedding
+    save_pretrained(model, tmp_path / "sharded")
+    files = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
+    assert len(files) >= 4 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = read(tmp_path / "sharded" / "model.safetensors.index.json")
+    assert set(index["weight_map"]) == {name for name, _ in model.named_parameters()}
+    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in model.parameters())
+    for name in files:
+        tensors = load_file(tmp_path / "sharded" / name)
+        assert {key for key, file in index["weight_map"].items() if file == name} == set(tensors)
+        assert len(tensors) == 1 or sum(4 * t.numel() for t in tensors.values()) <= 70_000
+    assert same_weights(model, load_pretrained(tmp_path / "sharded"))
+
+
+def test_saving_again_leaves_no_weights_of_the_earlier_layout(directory, monkeypatch):
+    """A single file left beside a new index, or shards beside a single file, would be loaded in its place."""
+    tokenizer = Tokenizer.from_pretrained(directory)
+    other = load_pretrained(directory)
+    tiny.randomize(other, seed=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrained, "SHARD_BYTES", 70_000)
+        save_pretrained(other, directory, tokenizer)
+    assert same_weights(other, load_pretrained(directory))
+    tiny.randomize(other, seed=6)
+    save_pretrained(other, directory, tokenizer)
+    assert same_weights(other, load_pretrained(directory))
+
+
+def test_rope_and_context_overrides_are_loaded_and_saved(directory, tmp_path):
+    model = load_pretrained(directory, rope_theta=300000.0, max_position_embeddings=32768)
+    save_pretrained(model, tmp_path / "out")
+    config = load_config(tmp_path / "out")
+    assert config.rope_theta == 300000.0 and config.max_position_embeddings == 32768
+    raw = read(tmp_path / "out" / "config.json")
+    assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == 300000.0
+
+
+def test_tied_head_and_old_buffers_in_a_file_are_passed_over(directory):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    expected = load_pretrained(directory)
+    save_file(tensors, path)
+    assert same_weights(expected, load_pretrained(directory))
+
+
+def change(**changed):
+    """A function that rewrites a directory's weight file with these tensors; None takes one out."""
+    def apply(directory):
+        tensors = load_file(directory / "model.safetensors") | changed
+        save_file({key: t for key, t in tensors.items() if t is not None}, directory / "model.safetensors")
+
+    return apply
+
+
+def write_index(value):
+    def apply(directory):
+        (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+        text = value if isinstance(value, str) else json.dumps(value)
+        (directory / "model.safetensors.index.json").write_text(text)
+
+    return apply
+
+
+def edit_config(**changed):
+    def apply(directory):
+        raw = read(directory / "config.json") | changed
+        (directory / "config.json").write_text(json.dumps(raw))
+
+    return apply
+
+
+def resize(fraction):
+    def apply(directory):
+        path = directory / "model.safetensors"
+        os.truncate(path, int(path.stat().st_size * fraction))
+
+    return apply
+
+
+NORM = {"model.norm.weight": None}
+DAMAGED = {
+    "missing tensor": (change(**NORM), "the weights lack 'model.norm.weight' .1 of 38"),
+    "extra tensor": (change(**{"model.layers.3.mlp.up_proj.weight": torch.ones(2)}),
+                     "model.safetensors: unexpected tensor 'model.layers.3.mlp.up_proj.weight'"),
+    "wrong shape": (change(**{"model.norm.weight": torch.ones(47)}),
+                    r"'model.norm.weight' has shape \(47,\), but config.json asks for \(48,\)"),
+    "transposed": (change(**{"model.layers.0.mlp.up_proj.weight": torch.ones(48, 80)}), r"\(48, 80\).*\(80, 48\)"),
+    "integers": (change(**{"model.norm.weight": torch.ones(48, dtype=torch.int8)}),
+                 "'model.norm.weight' has dtype I8; expected a float"),
+    "float8": (change(**{"model.norm.weight": torch.ones(48).to(torch.float8_e4m3fn)}), "dtype F8_E4M3"),
+    "cut off": (resize(0.7), "model.safetensors: not a whole safetensors file"),
+    "empty": (resize(0), "model.safetensors: not a whole safetensors file"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model holds no weights"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json cannot be read: No such file"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json: expected a JSON object"),
+    "config is cut off": (lambda d: (d / "config.json").write_text('{"model_type"'), "config.json: not valid JSON"),
+    "config is not text": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json: not valid JSON"),
+    "config nests deeply": (lambda d: (d / "config.json").write_text('{"a":' * 200_000), "config.json: not valid"),
+    "config has a huge number": (lambda d: (d / "config.json").write_text('{"hidden_size": ' + "9" * 5000 + "}"),
+                                 "config.json: not valid"),
+    "config asks for more": (edit_config(num_hidden_layers=4), "the weights lack 'model.layers.3"),
+    "config asks for less": (edit_config(num_hidden_layers=2), "unexpected tensor 'model.layers.2"),
+    "index points up": (write_index({"weight_map": {"model.norm.weight": "../secret.safetensors"}}),
+                        "index.json: the file name '../secret.safetensors' points outside the directory"),
+    "index points away": (write_index({"weight_map": {"a": "/etc/passwd"}}), "'/etc/passwd' points outside"),
+    "index points at ..": (write_index({"weight_map": {"a": ".."}}), "'..' points outside"),
+    "index names nothing": (write_index({"weight_map": {"a": ""}}), "'' points outside"),
+    "index names no file": (write_index({"weight_map": {"a": "b.safetensors"}}), "b.safetensors: cannot be read: No such file"),
+    "index without map": (write_index({"metadata": {}}), "expected an object 'weight_map'"),
+    "index with numbers": (write_index({"weight_map": {"a": 3}}), "expected an object 'weight_map'"),
+    "index is not JSON": (write_index("{"), "index.json: not valid JSON"),
+    "index lists too little": (write_index({"weight_map": {}}), "the weights lack"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_directories_are_refused_by_name(directory, damage):
+    apply, message = DAMAGED[damage]
+    apply(directory)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        load_pretrained(directory)
+    assert "\n" not in str(error.value) and str(directory) in str(error.value)
+
+
+def test_a_huge_model_without_its_weights_is_refused_before_memory_is_taken(directory):
+    edit_config(vocab_size=2**22, hidden_size=2**16, intermediate_size=2**18, num_hidden_layers=512)(directory)
+    with pytest.raises(ValueError, match="has shape"):
+        load_pretrained(directory)
+
+
+def test_weights_digest_is_that_of_weights_and_config(directory):
+    before = weights_digest(directory)
+    (directory / "generation_config.json").write_text("{}")
+    assert weights_digest(directory) == before
+    edit_config(rope_theta=20000.0, rope_parameters=None)(directory)
+    config_changed = weights_digest(directory)
+    change(**{"model.norm.weight": torch.ones(48) * 2})(directory)
+    assert len({before, config_changed, weights_digest(directory)}) == 3
