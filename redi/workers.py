@@ -19,7 +19,7 @@ def in_parallel(function: Callable, chunks: Iterable, processes: int) -> Iterato
 
     A worker has a pipe of its own and one chunk at a time. Nothing is shared, no queue, thread or lock, that a killed
     or interrupted process could leave in a state that others wait on. Raises what function raises of ValueError and
-    OSError, and ValueError when a worker dies.
+    OSError, for the first chunk that has an error whichever worker is faster, and ValueError when a worker dies.
     """
     chunks = iter(chunks)
     first = list(itertools.islice(chunks, processes))
@@ -28,7 +28,7 @@ def in_parallel(function: Callable, chunks: Iterable, processes: int) -> Iterato
         yield from map(function, chunks)
         return
     workers, idle = [], []
-    at_work = {}  # pipe -> where the result goes: an empty list, to be filled with it
+    at_work = {}  # pipe -> where its answer goes: an empty list, to be filled with (error, result)
     pending = collections.deque()  # these lists, in the order of the chunks
     try:
         for _ in first:
@@ -41,7 +41,7 @@ def in_parallel(function: Callable, chunks: Iterable, processes: int) -> Iterato
             while not idle or len(pending) > 2 * processes:
                 idle += _receive(at_work)
                 while pending and pending[0]:
-                    yield pending.popleft()[0]
+                    yield _result(*pending.popleft())
             pipe = idle.pop()
             with _noticing_death():
                 pipe.send(chunk)
@@ -50,7 +50,7 @@ def in_parallel(function: Callable, chunks: Iterable, processes: int) -> Iterato
         while pending:
             while not pending[0]:
                 _receive(at_work)
-            yield pending.popleft()[0]
+            yield _result(*pending.popleft())
     finally:
         for worker in workers:
             if worker.pid is not None:
@@ -69,15 +69,19 @@ def _start(worker: multiprocessing.Process) -> None:
 
 
 def _receive(at_work: dict[Connection, list]) -> list[Connection]:
-    """Wait for results. Returns the pipes of the workers that are now idle."""
+    """Wait for answers. Returns the pipes of the workers that are now idle."""
     ready = wait(at_work)
     for pipe in ready:
         with _noticing_death():
-            error, result = pipe.recv()
-        if error:
-            raise error
-        at_work.pop(pipe).append(result)
+            at_work[pipe] += pipe.recv()
+        del at_work[pipe]
     return ready
+
+
+def _result(error: Exception | None, result):
+    if error:
+        raise error
+    return result
 
 
 @contextlib.contextmanager

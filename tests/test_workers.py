@@ -52,6 +52,10 @@ def first_after_second(chunk):
     return number, os.getpid()
 
 
+def refuse_first_after_second(chunk):
+    refuse(first_after_second(chunk)[0])
+
+
 def last_dies(place):
     """Two processes wait for each other, then the one that was started later dies."""
     number = int(multiprocessing.current_process().name.rpartition("-")[2])
@@ -87,6 +91,11 @@ def test_an_error_of_the_function_is_raised_here():
     for processes in (1, 2):
         with pytest.raises(ValueError, match="chunk 1 is bad"):
             list(in_parallel(refuse, [1, 1, 1], processes))
+
+
+def test_the_error_raised_is_that_of_the_first_bad_chunk(tmp_path):
+    with pytest.raises(ValueError, match="chunk 0 is bad"):
+        list(in_parallel(refuse_first_after_second, [(0, tmp_path), (1, tmp_path)], 2))
 
 
 def test_few_chunks_are_held_at_a_time():
