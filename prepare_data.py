@@ -28,7 +28,7 @@ from redi.corpus import (
 )
 from redi.decontaminate import decontaminate
 from redi.files import at, json_line, new_directory, write_json
-from redi.problems import PROMPT_TEMPLATES, gold_answers, user_message
+from redi.problems import PROMPT_TEMPLATES, assistant_message, gold_answers, user_message
 from redi.rows import Example, TokenSettings, encode
 from redi.tokenizer import PREFILL, TOKENIZER_FILES, Tokenizer
 from redi.traces import GENERATIONS, OUTCOMES, LeftOut, openr1_verdicts, own_verdicts, select
@@ -116,7 +116,7 @@ def prepare_chunk(
             if args.system_prompt is not None:
                 prompt.insert(0, {"role": "system", "content": args.system_prompt})
             named = {"id": row_id(row), "source": row.get("source") or Path(place.rpartition(",")[0]).name}
-            positive = {"prompt": prompt, "completion": assistant(chosen), **named}
+            positive = {"prompt": prompt, "completion": [assistant_message(chosen)], **named}
             lines["positives.jsonl"].append(json_line(positive, errors="strict"))
             counts["positives"] += 1
             counts["pairs"] += len(negatives)
@@ -126,7 +126,8 @@ def prepare_chunk(
             counts["too_long"] += fits.count(False)
             for number, (rejected, fit) in enumerate(zip(negatives, fits)):
                 if fit:
-                    pair = {"prompt": prompt, "chosen": assistant(chosen), "rejected": assistant(rejected), **named}
+                    pair = {"prompt": prompt, "chosen": [assistant_message(chosen)],
+                            "rejected": [assistant_message(rejected)], **named}  # fmt: skip
                     if number:
                         pair["id"] = f"{named['id']}-{number}"
                     lines["pairs.jsonl"].append(json_line(pair, errors="strict"))
@@ -157,10 +158,6 @@ def pairs_fit(tokenizer: Tokenizer, prompt: list[dict], chosen: str, negatives: 
 @functools.cache
 def load_tokenizer(directory: Path) -> Tokenizer:
     return Tokenizer.from_pretrained(directory)
-
-
-def assistant(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
 
 
 def decontaminate_files(args: argparse.Namespace) -> None:

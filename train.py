@@ -94,7 +94,8 @@ def train(args: argparse.Namespace) -> None:
     run.claim(dataset.digest, eval_dataset and eval_dataset.digest)  # nothing is written before all inputs are good
     reference = logps_of_rows.reference(args, model, dataset, directory, device) if method.reference else None
     optimizer = build_optimizer(args, model)
-    run.begin(model, optimizer, tokenizer, eval_dataset and partial(logps_of_rows.held_out, args, model, eval_dataset, device))
+    held_out = eval_dataset and partial(logps_of_rows.held_out, args, model, eval_dataset, device)
+    run.begin(model, optimizer, tokenizer, held_out)
     total_steps = count_steps(args, dataset)
     say(f"{args.method}: {len(dataset)} examples ({dataset.dropped} too long and left out), {total_steps} steps of "
         f"{args.batch_size}, from step {run.state['step']}; {sum(p.numel() for p in model.parameters()):,} parameters "
@@ -281,8 +282,8 @@ def add_flags(parser: Parser, method: Method) -> None:
     add("--world-size", type=positive_int, help="--plan: number of GPUs (default: 1, or torchrun's)")
     add("--peak-tflops", type=positive, help="--plan: a GPU's peak rate (default: 989, an H100's or H200's in bf16)")
     add("--memory-gib", type=positive, help="--plan: a GPU's memory (default: 80)")
-    add("--utilization", type=positive, help="--plan: share of the peak rate reached (default: 0.4; 0.6 of 0.09 TFLOP/s "
-        "a thread on a CPU, which is planned for where there is no GPU and none is described)")
+    add("--utilization", type=positive, help="--plan: share of the peak rate reached (default: 0.4; 0.6 of 0.09 "
+        "TFLOP/s a thread on a CPU, which is planned for where there is no GPU and none is described)")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -290,7 +291,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if unknown:
         name = unknown[0].partition("=")[0]
         owners = [m for m, method in METHODS.items() if name.removeprefix("--").replace("-", "_") in method.flags]
-        raise ValueError(f"{args.method} has no flag {name}" + (f": it is for {' and '.join(owners)}" if owners else ""))
+        whose = f": it is for {' and '.join(owners)}" if owners else ""
+        raise ValueError(f"{args.method} has no flag {name}{whose}")
     if args.method == "example":
         return args
     on_gpu = plan.complete(args) if args.plan else torch.cuda.is_available()

@@ -53,7 +53,8 @@ class ModelConfig:
         channels = self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
         layer = self.hidden_size * (channels + 3 * self.intermediate_size)
         attention = self.num_attention_heads * self.head_dim * lengths**2.0
-        return 2.0 * (self.num_hidden_layers * (layer * lengths + attention) + self.hidden_size * self.vocab_size * labels)
+        head = self.hidden_size * self.vocab_size * labels
+        return 2.0 * (self.num_hidden_layers * (layer * lengths + attention) + head)
 
 
 def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 
 from redi.command import Parser, run_command
 from redi.files import read_json, read_jsonl, replacing
+from redi.results import read_results
 from redi.rows import read_examples
 from redi.tokenizer import Tokenizer
 
@@ -49,8 +50,8 @@ def plot_dynamics(runs: list[Path], labels: list[str], results: list[dict], path
         raise ValueError(f"no row of the results is of a checkpoint in {', '.join(map(str, runs))}")
     found = {key for log in logs for row in log for key in row if row[key] is not None}
     keys = [key for key in PANELS if {key, f"eval_{key}"} & found]
-    figure, panels = _figure(path, ["accuracy"] * bool(results) + keys, panel_size=(4.2, 3.3))
-    legend = [(label, dict(linewidth=2.5, **_line(i))) for i, label in enumerate(labels)]
+    figure, panels = new_figure(path, ["accuracy"] * bool(results) + keys, panel_size=(4.2, 3.3))
+    legend = [(label, dict(linewidth=2.5, **line_style(i))) for i, label in enumerate(labels)]
     if results:
         legend += _draw_accuracy(panels["accuracy"], curves)
     held_out = dict(marker="o", markersize=3.5, markerfacecolor="white", linewidth=1.2)
@@ -62,9 +63,9 @@ def plot_dynamics(runs: list[Path], labels: list[str], results: list[dict], path
         for i, log in enumerate(logs):
             steps, values = _series(log, key)
             if len(steps):
-                axes.plot(steps, values, color=_line(i)["color"], linewidth=0.8, alpha=0.25)
-                axes.plot(steps, running_mean(values, len(steps) // 50), linewidth=1.7, **_line(i))
-            axes.plot(*_series(log, f"eval_{key}"), **held_out, **_line(i))
+                axes.plot(steps, values, color=line_style(i)["color"], linewidth=0.8, alpha=0.25)
+                axes.plot(steps, running_mean(values, len(steps) // 50), linewidth=1.7, **line_style(i))
+            axes.plot(*_series(log, f"eval_{key}"), **held_out, **line_style(i))
         _set_scale(axes)
     last = max(log[-1]["step"] for log in logs)
     for axes in panels.values():
@@ -73,7 +74,7 @@ def plot_dynamics(runs: list[Path], labels: list[str], results: list[dict], path
     handles = [axes.plot([], [], label=label, **style)[0] for label, style in legend]
     columns = int(12 * figure.get_figwidth() / (8 + max(len(label) for label, _ in legend)))
     figure.legend(handles=handles, loc="outside upper center", ncols=max(columns, 1), handlelength=3, fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_accuracy(axes, curves: list[dict[str, list[tuple]]]) -> list[tuple[str, dict]]:
@@ -84,7 +85,7 @@ def _draw_accuracy(axes, curves: list[dict[str, list[tuple]]]) -> list[tuple[str
         for name, points in run_curves.items():
             steps, means, errors = (np.array(column, dtype=float) for column in zip(*points))
             axes.errorbar(steps, 100 * means, 100 * np.nan_to_num(errors), linewidth=1.6, capsize=2.5, elinewidth=1,
-                          **markers[name], **_line(i))
+                          **markers[name], **line_style(i))
     axes.set_title("Accuracy (pass@1, %)")
     return [(name, dict(color="#555555", linewidth=0, **marker)) for name, marker in markers.items()]
 
@@ -137,39 +138,11 @@ def is_same(first: Path, second: Path) -> bool:
     return first.resolve() == second.resolve() or (shared > 0 and first.parts[-shared:] == second.parts[-shared:])
 
 
-def plot_sweep(rows: list[dict], path: str | Path, baseline: tuple[str, float] | None = None) -> None:
-    """Accuracy against the learning rate, one line a method, with error bars.
-
-    Args: rows: {"method": str, "lr": float, "accuracy": share, "sem": its standard error or None}, any order;
-    path: PNG or SVG; baseline: (label, accuracy) of a model that the methods began from, as a dashed line.
-    """
-    path = Path(path)
-    figure, panels = _figure(path, ["accuracy"], panel_size=(6.4, 4.6))
-    axes = panels["accuracy"]
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        ours = sorted((row for row in rows if row["method"] == method), key=lambda row: row["lr"])
-        axes.errorbar(
-            [row["lr"] for row in ours], [100 * row["accuracy"] for row in ours],
-            [100 * (row["sem"] or 0.0) for row in ours], label=method, linewidth=1.7,
-            marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=3, elinewidth=1, **_line(i),
-        )
-    if baseline:
-        axes.axhline(100 * baseline[1], color="#777777", linestyle="--", linewidth=1.3, label=baseline[0])
-    rates = sorted({row["lr"] for row in rows})
-    axes.set_xscale("log")
-    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    axes.minorticks_off()
-    axes.set_xlabel("peak learning rate")
-    axes.set_title("Accuracy (pass@1, %)")
-    figure.legend(loc="outside upper center", ncols=3, fontsize=10)
-    _save(figure, path)
-
-
 def plot_lengths(data: Path, tokenizer: Tokenizer | None, path: Path) -> None:
     """Distribution of the lengths of prompts and responses in a positives or pairs file, in tokens, or in
     characters without a tokenizer. Responses are counted without what ends a turn."""
     lengths = read_lengths(data, tokenizer)
-    figure, panels = _figure(path, ["Prompts", "Responses"], panel_size=(5.2, 3.8))
+    figure, panels = new_figure(path, ["Prompts", "Responses"], panel_size=(5.2, 3.8))
     for (title, panel), names in zip(panels.items(), (["prompt"], [name for name in lengths if name != "prompt"])):
         longest = max(max(lengths[name]) for name in names)
         width = -(-longest // 60)  # a whole number, so that every bar stands for as many lengths
@@ -189,7 +162,7 @@ def plot_lengths(data: Path, tokenizer: Tokenizer | None, path: Path) -> None:
         panel.margins(y=0.3)  # room for the legend above the bars
         panel.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
     panels["Prompts"].set_ylabel(f"rows of {len(lengths['prompt']):,}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def read_lengths(data: Path, tokenizer: Tokenizer | None) -> dict[str, list[int]]:
@@ -227,12 +200,12 @@ def _series(log: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([row["step"] for row in rows]), np.array([row[key] for row in rows], dtype=float)
 
 
-def _line(i: int) -> dict:
+def line_style(i: int) -> dict:
     """How the i-th of any number of lines is told from the others."""
     return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
 
 
-def _figure(path: Path, names: list[str], panel_size: tuple[float, float]):
+def new_figure(path: Path, names: list[str], panel_size: tuple[float, float]):
     """(figure, its panels by name): up to three side by side, more in two rows without a gap.
     No pyplot: it would look for a screen."""
     if path.suffix.lower() not in (".png", ".svg"):
@@ -250,20 +223,9 @@ def _figure(path: Path, names: list[str], panel_size: tuple[float, float]):
     return figure, figure.subplot_mosaic([np.repeat(row, 6 // len(row)).tolist() for row in rows])
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
     with replacing(path) as partial:
         figure.savefig(partial, format=path.suffix[1:].lower())
-
-
-def read_results(paths: list[Path]) -> list[dict]:
-    """The rows of several results.json files of evaluate.py."""
-    rows, keys = [], {"path", "benchmark", "pass@1", "sem"}
-    for path in paths:
-        found = read_json(path).get("results")
-        if not isinstance(found, list) or not all(isinstance(row, dict) and keys <= {*row} for row in found):
-            raise ValueError(f"{path}: expected 'results' of evaluate.py, with {', '.join(sorted(keys))} in each")
-        rows += found
-    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -284,7 +246,8 @@ def main(argv: list[str] | None = None) -> None:
     labels = args.labels or [run.resolve().name for run in args.runs]
     if len(labels) != len(args.runs):
         raise ValueError(f"--labels names {len(labels)} runs, but {len(args.runs)} are given")
-    plot_dynamics(args.runs, labels, read_results(args.results), args.output)
+    results = [row for path in args.results for row in read_results(path)]
+    plot_dynamics(args.runs, labels, results, args.output)
 
 
 if __name__ == "__main__":

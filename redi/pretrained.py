@@ -249,12 +249,14 @@ def _weight_slices(model: CausalLM, directory: Path) -> dict:
                 slices[key] = handle.get_slice(key)
                 shape, dtype = tuple(slices[key].get_shape()), slices[key].get_dtype()
                 if shape != tuple(expected[key].shape):
-                    raise ValueError(f"{key!r} has shape {shape}, but config.json asks for {tuple(expected[key].shape)}")
+                    wanted = tuple(expected[key].shape)
+                    raise ValueError(f"{key!r} has shape {shape}, but config.json asks for {wanted}")
                 if dtype not in FLOAT_DTYPES:
                     raise ValueError(f"{key!r} has dtype {dtype}; expected a float of 16 to 64 bits")
     missing = [name for name in expected if name not in slices]
     if missing:
-        raise ValueError(f"{directory}: the weights lack {missing[0]!r} ({len(missing)} of {len(expected)} are missing)")
+        raise ValueError(f"{directory}: the weights lack {missing[0]!r} "
+                         f"({len(missing)} of {len(expected)} are missing)")
     return slices
 
 

@@ -25,6 +25,10 @@ def user_message(problem: str, prompt_template: str = "none") -> dict:
     return {"role": "user", "content": PROMPT_TEMPLATES[prompt_template].replace("{problem}", problem)}
 
 
+def assistant_message(response: str) -> dict:
+    return {"role": "assistant", "content": response}
+
+
 def gold_answers(value) -> list[str]:
     """The texts of a gold answer: a text or a number, or a list of acceptable ones; [] where there is none.
 

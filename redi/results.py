@@ -67,16 +67,15 @@ def report(table: list[dict], output: str | None) -> None:
     if not output:
         return
     path = Path(output) / "results.json"
-    rows = {(row["benchmark"], row["model"]): row for row in [*read_results(path), *table]}
+    before = read_results(path) if path.exists() else []
+    rows = {(row["benchmark"], row["model"]): row for row in [*before, *table]}
     for leftover in path.parent.glob(f"{path.name}.partial-*"):  # of a run killed just here
         leftover.unlink()
     write_json(path, {"results": [rows[key] for key in sorted(rows)]})
 
 
 def read_results(path: Path) -> list[dict]:
-    """The rows of a results.json; none where there is no such file. Raises ValueError naming a file that is none."""
-    if not path.exists():
-        return []
+    """The rows of a results.json. Raises ValueError naming a file that is none."""
     rows = read_json(path).get("results")
     texts, numbers = ("benchmark", "model", "path"), ("pass@1", "sem")
     for row in rows if isinstance(rows, list) else [None]:

@@ -28,7 +28,7 @@ from redi.chat_template import CHATML_TEMPLATE
 from redi.files import json_line, read_json, read_jsonl, write_atomically
 from redi.model import CausalLM
 from redi.pretrained import parse_config, save_pretrained
-from redi.problems import user_message
+from redi.problems import assistant_message, user_message
 from redi.tokenizer import Tokenizer
 
 CAPACITY = 15  # litres
@@ -138,17 +138,14 @@ def write_data(output: str | Path, seed: int) -> None:
         wrong = next((solution for solution, verdict in zip(generations, verdicts) if not verdict), None)
         prompt = [user_message(problem)]
         if right:
-            positives.append({"prompt": prompt, "completion": _assistant(right), **named})
+            positives.append({"prompt": prompt, "completion": [assistant_message(right)], **named})
         if right and wrong:
-            pairs.append({"prompt": prompt, "chosen": _assistant(right), "rejected": _assistant(wrong), **named})
+            pairs.append({"prompt": prompt, "chosen": [assistant_message(right)],
+                          "rejected": [assistant_message(wrong)], **named})  # fmt: skip
     named_rows = {"teacher": teacher, "positives": positives, "pairs": pairs, "problems": test}
     for name, rows in named_rows.items():
         with write_atomically(output / f"{name}.jsonl") as file:
             file.writelines(map(json_line, rows))
-
-
-def _assistant(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
 
 
 def write_model(directory: str | Path, seed: int) -> None:
@@ -295,7 +292,7 @@ def _results(output: Path) -> str:
         "    sft/final, sft-continued/final, redi/final      models that transformers and vLLM load",
         "    */metrics.jsonl                                 one line a training step",
         "    sampled/, greedy/                               every response, and results.json",
-        "\nThis ran on one thread a process. On a machine that others use too, set OMP_NUM_THREADS=1 for runs of your own:",
+        "\nThis ran on one thread a process. On a machine that others use too, set OMP_NUM_THREADS=1 for your runs:",
         "threads that wait for busy cores are slower together than one is alone.",
     ]
     return "\n".join(lines)

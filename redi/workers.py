@@ -59,7 +59,7 @@ def in_parallel(function: Callable, chunks: Iterable, processes: int) -> Iterato
 
 
 def _start(worker: multiprocessing.Process) -> None:
-    """Ctrl-C goes to all processes of a terminal and is the parent's to handle: a worker inherits that it is blocked."""
+    """Ctrl-C goes to all processes of a terminal and is the parent's to handle: a worker inherits that it is masked."""
     multiprocessing.resource_tracker.ensure_running()  # would be started, and unblock it, before the first worker
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -92,7 +92,7 @@ BAD_PAIRS = {
     "no chosen": (row(chosen=None), r"no key 'chosen' \(found prompt, rejected\)"),
     "no rejected": (row(rejected=None), "no key 'rejected'"),
     "one completion": ({"prompt": "a", "completion": "b"},
-                       r"no key 'chosen' \(found completion, prompt\): a row of one completion, where a pair is expected"),
+                       r"\(found completion, prompt\): a row of one completion, where a pair is expected"),
     "no prompt": (row(prompt=None), "no key 'prompt'"),
     "an empty object": ({}, r"no key 'chosen' \(found none\)"),
     "chosen equals rejected": (row(rejected=message("3")), "chosen equals rejected"),

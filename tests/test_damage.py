@@ -62,7 +62,8 @@ def test_any_changed_token_id_in_a_cache_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("steps, message", [
-    ([1, 1], "line 2: step 1 after step 1"), ([1, 3, 2], "line 3: step 2 after step 3"), ([0, 0], "line 2: step 0 after step 0"), ([-1], "line 1: step -1 after"),
+    ([1, 1], "line 2: step 1 after step 1"), ([1, 3, 2], "line 3: step 2 after step 3"),
+    ([0, 0], "line 2: step 0 after step 0"), ([-1], "line 1: step -1 after"),
     ([1, None], "line 2: step None"), ([1, True], "line 2: step True"), (["1"], "line 1: step '1'"),
 ])  # fmt: skip
 def test_a_log_whose_steps_do_not_rise_is_refused_and_kept(tmp_path, steps, message):

@@ -200,7 +200,8 @@ def test_who_edits_what_reads_rows_gets_fresh_ids(tmp_path, file):
     before = ids()
     assert ids() == before and len(caches(path)) == 1
     source = (tmp_path / "redi" / file).read_text()
-    swapped = source.replace('_field(row, "chosen"), _field(row, "rejected")', '_field(row, "rejected"), _field(row, "chosen")')
+    good, bad = '_field(row, "chosen")', '_field(row, "rejected")'
+    swapped = source.replace(f"{good}, {bad}", f"{bad}, {good}")
     assert (swapped != source) == (file == "rows.py")  # good and bad exchanged; elsewhere a comment is a change too
     (tmp_path / "redi" / file).write_text(swapped + "# changed\n")
     assert (ids() != before) == (file == "rows.py") and len(caches(path)) == 2

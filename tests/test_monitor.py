@@ -37,7 +37,8 @@ def test_steps_without_numbers_are_passed_over():
 def test_the_warning_comes_once():
     history, warnings = new_history(), []
     for step in range(40):
-        warnings.append(watch(history, {"step": step, "chosen_logp": -0.1 * step, "rejected_logp": -2.0, "grad_norm": None}, 1.0))
+        metrics = {"step": step, "chosen_logp": -0.1 * step, "rejected_logp": -2.0, "grad_norm": None}
+        warnings.append(watch(history, metrics, 1.0))
     assert len([w for w in warnings if w]) == 1
 
 

@@ -261,7 +261,7 @@ CPU_PLAN = "planned for     this CPU (GPUs: --world-size, --peak-tflops or --mem
         ([], CPU_PLAN, "60% of 1 x 0.18 TFLOP/s", r"[\d.]+ of [\d.]+ GiB, not counting torch itself"),
         (["--utilization", "1.2"], CPU_PLAN, "120% of 1 x 0.18 TFLOP/s", "torch itself"),
         (["--dtype", "bfloat16"], CPU_PLAN.replace("fp32", "bf16"), "60% of 1 x 0.18 TFLOP/s", "torch itself"),
-        (["--world-size", "8"], "planned for     GPUs (8), bf16", "40% of 8 x 989", "of 80 GiB, not counting what CUDA"),
+        (["--world-size", "8"], "planned for     GPUs (8), bf16", "40% of 8 x 989", "80 GiB, not counting what CUDA"),
         (["--peak-tflops", "312"], "planned for     GPUs (1), bf16", "40% of 1 x 312", "of 80 GiB, not counting"),
         (["--memory-gib", "24"], "planned for     GPUs (1), bf16", "40% of 1 x 989 TFLOP/s", "of 24 GiB, not counting"),
         (["--world-size", "1", "--dtype", "float32"], "planned for     GPUs (1), fp32", "40% of 1 x 989", "of 80 GiB"),

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from redi import plot
+from redi.results import read_results
 from redi.tokenizer import Tokenizer
 from tests import tiny
+from tests.bench.compare import plot_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,13 +49,13 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path):
 def drawn(monkeypatch):
     """Figures that were drawn, by file name, beside what is written."""
     pytest.importorskip("matplotlib", reason="needs the libraries of tests/requirements.txt")
-    figures, save = {}, plot._save
+    figures, save = {}, plot.save_figure
 
     def keep(figure, path):
         figures[path.name] = figure
         save(figure, path)
 
-    monkeypatch.setattr(plot, "_save", keep)
+    monkeypatch.setattr(plot, "save_figure", keep)
     return figures
 
 
@@ -180,7 +182,7 @@ def test_no_panel_is_empty(tmp_path, drawn):
 
 @pytest.mark.parametrize("panels, rows", [(1, [1]), (3, [3]), (4, [2, 2]), (5, [3, 2])])
 def test_panels_fill_their_rows(tmp_path, drawn, panels, rows):
-    figure, axes = plot._figure(tmp_path / "a.png", list("abcde"[:panels]), panel_size=(3, 2))
+    figure, axes = plot.new_figure(tmp_path / "a.png", list("abcde"[:panels]), panel_size=(3, 2))
     places = [panel.get_subplotspec() for panel in axes.values()]
     assert len(places) == panels
     for row, count in enumerate(rows):
@@ -252,7 +254,7 @@ def test_sweep_of_learning_rates(tmp_path, drawn):
             ("REDI", 1e-5, 0.45, 0.01),
         ]
     ]
-    plot.plot_sweep(rows, tmp_path / "a.png", baseline=("SFT", 0.3))
+    plot_sweep(rows, tmp_path / "a.png", baseline=("SFT", 0.3))
     [axes] = drawn["a.png"].axes
     redi, dpo = axes.containers
     assert redi.lines[0].get_xydata().tolist() == [[1e-5, 45], [1e-4, 50]]
@@ -306,7 +308,7 @@ def test_lengths_of_a_data_file(tmp_path, drawn, file):
         (["never-finite", "--output", "a.png"], "never-finite/metrics.jsonl holds no step with numbers to draw yet"),
         (
             ["run", "--results", "list.json", "--output", "a.png"],
-            "list.json: expected 'results' of evaluate.py, with benchmark, pass@1, path, sem in each",
+            "list.json: expected 'results', a list of rows with benchmark, model, path, pass@1, sem",
         ),
         (["run", "--results", "cut.json", "--output", "a.png"], "cut.json: not valid JSON"),
         (
@@ -382,7 +384,7 @@ def test_from_training_and_evaluation_to_a_figure(tmp_path, drawn):
     svg = (tmp_path / "a.svg").read_text()
     assert ">sums</text>" in svg and ">held-out rows</text>" in svg
     assert all(f">{title}</text>" in svg for title in ("Accuracy (pass@1, %)", *plot.PANELS.values()))
-    results = plot.read_results([tmp_path / "out/eval/results.json"])
+    results = read_results(tmp_path / "out/eval/results.json")
     log = [json.loads(line) for line in (tmp_path / "out/redi/metrics.jsonl").read_text().splitlines()]
     curves = plot.accuracy_curves(tmp_path / "out/redi", log, results)
     assert [step for step, _, _ in curves["sums"]] == [0, 2, 4]

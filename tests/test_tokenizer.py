@@ -128,7 +128,8 @@ def test_without_the_split_ids_would_differ(tmp_path):
     """The tokenizer of these tests merges across the prefill's end, so the tests above can fail."""
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path))
     apart = tokenizer.encode(THINK) + tokenizer.encode("\nOkay")
-    assert tokenizer.encode_completions([THINK + "\nOkay", "Okay"], THINK, ["", ""]) == [apart, tokenizer.encode("Okay")]
+    both = tokenizer.encode_completions([THINK + "\nOkay", "Okay"], THINK, ["", ""])
+    assert both == [apart, tokenizer.encode("Okay")]
     whole = tokenizer.encode(THINK + "\nOkay")
     assert tokenizer.encode_completions([THINK + "\nOkay"], "", [""]) == [whole] != [apart]
 

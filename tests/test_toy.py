@@ -98,7 +98,8 @@ def test_prepare_data_makes_the_same_pairs_of_the_teachers_rows(example, tmp_pat
 def test_wrong_solutions_are_hardly_shorter_than_right_ones(example):
     tokenizer = Tokenizer.from_pretrained(example / "model")
     pairs = rows(example / "data" / "pairs.jsonl")
-    lengths = {key: sum(len(tokenizer.encode(row[key][0]["content"])) for row in pairs) for key in ("chosen", "rejected")}
+    lengths = {key: sum(len(tokenizer.encode(row[key][0]["content"])) for row in pairs)
+               for key in ("chosen", "rejected")}  # fmt: skip
     assert lengths["rejected"] == pytest.approx(lengths["chosen"], rel=0.06)
 
 
@@ -121,7 +122,8 @@ def test_model_directory_loads_and_is_a_function_of_the_seed(example, tmp_path):
     assert model.config.vocab_size == Tokenizer.from_pretrained(example / "model").vocab_size
     toy.write_model(tmp_path / "again", seed=3)
     toy.write_model(tmp_path / "other", seed=4)
-    weights = [(d / "model.safetensors").read_bytes() for d in (example / "model", tmp_path / "again", tmp_path / "other")]
+    directories = example / "model", tmp_path / "again", tmp_path / "other"
+    weights = [(directory / "model.safetensors").read_bytes() for directory in directories]
     assert weights[0] == weights[1] != weights[2]
 
 
@@ -153,7 +155,7 @@ def test_example_runs_from_data_to_table_and_keeps_what_is_done(tmp_path):
     for title in ("SFT  ", "SFT continued  ", "REDI  "):
         assert re.search(rf"^{title} .*±.*%.*%", shown, re.MULTILINE), shown
     assert "right solutions" in shown and "wrong solutions" in shown and "Tank of 15 litres: " in shown
-    assert "set OMP_NUM_THREADS=1 for runs of your own" in shown
+    assert "set OMP_NUM_THREADS=1 for your runs" in shown
     for name in toy.STAGES:
         load_pretrained(tmp_path / "out" / name / "final")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/metrics.jsonl")}
@@ -207,7 +209,8 @@ print(compare._comparison_text(table, [1, 2]))
                 ("sft-continued", "sft-on-everything", "redi-alpha-0.8")}
     updates = {name: (setting["steps"], setting["lr"]) for name, setting in settings.items()}
     assert set(updates.values()) == {("2", "0.0003")}
-    sequences = {name: int(setting["batch_size"]) * (2 if name.startswith("redi") else 1) for name, setting in settings.items()}
+    sequences = {name: int(setting["batch_size"]) * (2 if name.startswith("redi") else 1)
+                 for name, setting in settings.items()}  # fmt: skip
     assert set(sequences.values()) == {32}
     assert {setting["model"] for setting in settings.values()} == {"out/seed-2/sft/final"}
     everything = rows(seed / "data" / "everything.jsonl")
@@ -235,7 +238,8 @@ def test_comparison_means_errors_and_paired_differences():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [101, 102])
 def test_negatives_help_on_a_seed_of_ones_own(seed, tmp_path):
-    subprocess.run([sys.executable, "train.py", "example", "--seed", str(seed), "--output", str(tmp_path)], cwd=ROOT, check=True)
+    command = [sys.executable, "train.py", "example", "--seed", str(seed), "--output", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
     for folder, least in (("sampled", 0.05), ("greedy", 0.1)):
         results = toy.results_by_model(tmp_path / folder)
         assert results["redi-final"]["pass@1"] > results["sft-continued-final"]["pass@1"] + least

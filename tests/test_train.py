@@ -59,7 +59,8 @@ def place(tmp_path_factory):
 def arguments(place, method, output, **changes) -> list[str]:
     values = {"model": place / "model", "output": output,
               "data": place / ("positives.jsonl" if method == "sft" else "pairs.jsonl"),
-              "beta": 0.5 if method in ("dpo", "simpo") else None, **SETTINGS, **{key.replace("_", "-"): value for key, value in changes.items()}}
+              "beta": 0.5 if method in ("dpo", "simpo") else None, **SETTINGS}
+    values |= {key.replace("_", "-"): value for key, value in changes.items()}
     words = [method]
     for key, value in values.items():  # True is a flag without a value, None takes a setting out
         if value is not None:
@@ -370,14 +371,16 @@ def test_the_best_checkpoint_is_not_one_that_has_collapsed(place, held_out, tmp_
     out = capsys.readouterr().out
     if curve == "a collapsed one is none":
         assert "step 2: held-out margin 0.1000, chosen LogPS -0.100 since the start: the best checkpoint so far" in out
-        assert "step 4: held-out margin 0.9000, chosen LogPS -1.600 since the start, a loss of more than 1.5: not a" in out
+        about = "step 4: held-out margin 0.9000, chosen LogPS -1.600 since the start"
+        assert f"{about}, a loss of more than 1.5: not a" in out
         assert out.count("best checkpoint so far") == 1
 
 
 def test_sft_keeps_the_checkpoint_whose_held_out_responses_are_likeliest(place, held_out, tmp_path):
     rows = iter([{"eval_chosen_logp": value} for value in (-3.0, -1.0, -2.0, -2.5)])
     with mock.patch.object(train.logps_of_rows, "held_out", lambda *_: next(rows)):
-        train.main(arguments(place, "sft", tmp_path / "run", eval_data=held_out / "positives.jsonl", keep_checkpoints=1))
+        changes = {"eval_data": held_out / "positives.jsonl", "keep_checkpoints": 1}
+        train.main(arguments(place, "sft", tmp_path / "run", **changes))
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-000002", "step-000006"]
 
 

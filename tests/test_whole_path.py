@@ -26,7 +26,8 @@ def test_traces_to_table_by_the_command_line(shared_data, tmp_path):
     traces = shared_data / "traces" / "traces.jsonl"
     texts = [text for row in rows(traces) for text in row["generations"] or []]
     tiny.write_model(tmp_path / "base", texts[:200], vocab_size=1000, max_position_embeddings=4096)
-    command("prepare_data.py", "openr1", "--input", traces, "--tokenizer", tmp_path / "base", "--output", tmp_path / "data")
+    command("prepare_data.py", "openr1", "--input", traces, "--tokenizer", tmp_path / "base",
+            "--output", tmp_path / "data")  # fmt: skip
     report = json.loads((tmp_path / "data" / "report.json").read_text())
     assert report["positives"] == len(rows(tmp_path / "data" / "positives.jsonl")) > 100
     assert report["pairs_written"] == len(rows(tmp_path / "data" / "pairs.jsonl")) > 50
@@ -42,7 +43,7 @@ def test_traces_to_table_by_the_command_line(shared_data, tmp_path):
             assert abs(steps[0]["loss"] - math.log(2)) < 1e-5
 
     models = [tmp_path / method / "final" for method in ("sft", "redi", "dpo", "simpo")]
-    command("evaluate.py", "--model", *models, "--problems", shared_data / "benchmarks" / "math500.jsonl", "--limit", 20,
+    command("evaluate.py", "--model", *models, "--problems", shared_data / "benchmarks/math500.jsonl", "--limit", 20,
             "--samples", 2, "--max-new-tokens", 16, "--output", tmp_path / "eval")  # fmt: skip
     results = json.loads((tmp_path / "eval" / "results.json").read_text())["results"]
     assert {(row["model"], row["problems"]) for row in results} == {(f"{m.parent.name}-final", 20) for m in models}

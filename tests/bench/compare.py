@@ -28,6 +28,7 @@ import train
 from redi import plot
 from redi.command import Parser, count, positive_int, run_command
 from redi.files import json_line, write_atomically, write_json
+from redi.results import read_results
 from redi.toy import (
     SAMPLING, SFT_STEPS, STAGE_2_STEPS, STAGES, evaluate_models, prepare, read_rows, read_samples, results_by_model,
     share_of_hurried_moves, train_stage,
@@ -75,10 +76,10 @@ def compare(output: Path, seeds: list[int], jobs: int, methods: list[str]) -> No
     if importlib.util.find_spec("matplotlib") is None:
         return print("\nfor the figures install matplotlib and run this again")
     sft = table["baselines"][0]
-    plot.plot_sweep(table["rows"], output / "sweep.png", ("SFT", sft["accuracy"]))
+    plot_sweep(table["rows"], output / "sweep.png", ("SFT", sft["accuracy"]))
     runs = {method: output / "dynamics" / _slug(method) for method in DYNAMICS if method in methods}
     if runs:
-        results = plot.read_results([run / "sampled" / "results.json" for run in runs.values()])
+        results = [row for run in runs.values() for row in read_results(run / "sampled" / "results.json")]
         plot.plot_dynamics(list(runs.values()), list(runs), results, output / "dynamics.png")
     print(f"\nwrote {output}/table.json and the figures beside it")
 
@@ -131,7 +132,8 @@ def _compare_dynamics(output: Path, seed: int, method: str) -> None:
 
 def _evaluate_both(output: Path, models: list[Path], seed: int, data: Path) -> None:
     for folder, arguments in SAMPLING.items():
-        evaluate_models(evaluate.main, models, data / "problems.jsonl", output / folder, [*arguments, "--seed", str(seed)])
+        arguments = [*arguments, "--seed", str(seed)]
+        evaluate_models(evaluate.main, models, data / "problems.jsonl", output / folder, arguments)
 
 
 def _stage_2(method: str) -> list[str]:
@@ -154,6 +156,33 @@ def _output_to(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         yield
+
+
+def plot_sweep(rows: list[dict], path: Path, baseline: tuple[str, float] | None = None) -> None:
+    """Accuracy against the learning rate, one line a method, with error bars.
+
+    Args: rows: {"method": str, "lr": float, "accuracy": share, "sem": its standard error or None}, any order;
+    path: PNG or SVG; baseline: (label, accuracy) of a model that the methods began from, as a dashed line.
+    """
+    figure, panels = plot.new_figure(path, ["accuracy"], panel_size=(6.4, 4.6))
+    axes = panels["accuracy"]
+    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        ours = sorted((row for row in rows if row["method"] == method), key=lambda row: row["lr"])
+        axes.errorbar(
+            [row["lr"] for row in ours], [100 * row["accuracy"] for row in ours],
+            [100 * (row["sem"] or 0.0) for row in ours], label=method, linewidth=1.7,
+            marker=plot.MARKERS[i % len(plot.MARKERS)], markersize=5, capsize=3, elinewidth=1, **plot.line_style(i),
+        )
+    if baseline:
+        axes.axhline(100 * baseline[1], color="#777777", linestyle="--", linewidth=1.3, label=baseline[0])
+    rates = sorted({row["lr"] for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    axes.set_xlabel("peak learning rate")
+    axes.set_title("Accuracy (pass@1, %)")
+    figure.legend(loc="outside upper center", ncols=3, fontsize=10)
+    plot.save_figure(figure, path)
 
 
 def _comparison(output: Path, seeds: list[int], methods: list[str]) -> dict:
