@@ -1,7 +1,7 @@
 """The fault campaign: kills, full disks and damaged inputs over the three commands, and a table of what was lost.
 
     python tests/faults.py --seed 0                    60 kills, 20 full disks, 440 damaged inputs
-    python tests/faults.py --seed 0 --only mutation --kinds config weights --verbose
+    python tests/faults.py --seed 0 --kills 0 --disk-full 0 --kinds config weights
 
 Each command first runs undisturbed. Then, in a folder of its own, each try disturbs it:
   kill      kill -9, either before a file operation chosen at random among all that the run makes (an audit hook
@@ -165,7 +165,7 @@ class Run:
     def refused(self) -> bool:
         """One sentence of each rank that failed, and exit status 1; others may have been ended."""
         errors = [line for line in self.err.splitlines() if line.startswith("error: ") and "has ended" not in line]
-        codes = {1} <= set(self.codes) <= {1, -signal.SIGTERM}
+        codes = {1} <= set(self.codes) <= {1, -signal.SIGTERM, 128 + signal.SIGTERM}
         return codes and 1 <= len(set(errors)) <= len(self.codes) and "Traceback" not in self.err + self.out
 
 
