@@ -2,6 +2,7 @@
 
     python tests/bench/training.py sft dpo simpo redi         one table row a method (redi beside TRL's SimPO)
     python tests/bench/training.py simpo --shape wide-vocabulary
+    python tests/bench/training.py sft dpo --new-rows --steps 60    for peak memory: allocators and caches fill up slowly
 
 Needs the packages of tests/requirements.txt. Each method runs two processes, one with train.py's own loop and
 one with TRL's trainer, that take optimiser steps in turn, so that both see the same state of a shared machine.
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="standard")
     parser.add_argument("--warmup", type=int, default=2, help="steps not counted")
     parser.add_argument("--steps", type=int, default=5, help="steps counted")
+    parser.add_argument("--new-rows", action="store_true", help="each step has rows of its own, a third as long")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "DIRECTORY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -79,8 +81,9 @@ def compare(method: str, directory: str, args) -> str:
             ours, theirs = (reports[side][0][key] for side in ("ours", "trl"))
             if abs(ours - theirs) > 5e-5 * max(1, abs(theirs)):
                 sys.exit(f"error: {method}: {key} of the first step is {ours:.6f} here, {theirs:.6f} in TRL")
-    tokens = reports["ours"][0]["tokens"]
-    speeds = {side: [tokens / r["cpu_seconds"] for r in rs[args.warmup :]] for side, rs in reports.items()}
+    tokens = [report["tokens"] for report in reports["ours"]]
+    speeds = {side: [n / r["cpu_seconds"] for n, r in list(zip(tokens, rs))[args.warmup :]]
+              for side, rs in reports.items()}  # fmt: skip
     # Steps that ran next to each other are compared with each other.
     ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds["trl"])]
     memory = {side: rs[-1]["peak_mb"] for side, rs in reports.items()}
@@ -99,7 +102,7 @@ def spread(values: list[float], digits: int) -> str:
 def start_worker(side: str, directory: str, args, method: str) -> subprocess.Popen:
     # This process stays small: a child's peak memory counts what its parent held when it was started.
     command = [sys.executable, __file__, method, "--shape", args.shape, "--warmup", str(args.warmup)]
-    command += ["--steps", str(args.steps), "--worker", side, directory]
+    command += ["--steps", str(args.steps), *["--new-rows"] * args.new_rows, "--worker", side, directory]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                    "TOKENIZERS_PARALLELISM": "false"}
     log = open(f"{directory}/{side}.log", "w")
@@ -108,14 +111,15 @@ def start_worker(side: str, directory: str, args, method: str) -> subprocess.Pop
 
 
 def prepare(directory: Path, args) -> None:
-    """A random model, and 8 pairs with responses of long-tailed lengths."""
+    """A random model, and 8 pairs (--new-rows: a step) with responses of long-tailed lengths."""
     import numpy as np
     import torch
 
     shape = {"num_hidden_layers": 8, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048,
              "rope_theta": 10000.0, **SHAPES[args.shape]}
     write_model_directory(directory / "model", shape, torch.float32)
-    lengths = np.exp(np.random.default_rng(0).normal(5.4, 0.8, (8, 2))).clip(50, 1000).astype(int)
+    middle, longest, pairs = (4.3, 300, 8 * (args.warmup + args.steps)) if args.new_rows else (5.4, 1000, 8)
+    lengths = np.exp(np.random.default_rng(0).normal(middle, 0.8, (pairs, 2))).clip(50, longest).astype(int)
     write_rows(directory, lengths, (24, 60), shape["vocab_size"])
 
 
@@ -200,7 +204,9 @@ def data_file(directory: Path, method: str) -> Path:
 
 
 def run_ours(directory: Path, args) -> None:
-    """train.py's loop as it is, but for which rows share a micro-batch and for waiting its turn."""
+    """train.py's loop as it is, but for the order of the rows, which of them share a micro-batch, and waiting its
+    turn."""
+    import numpy as np
     import torch
 
     import train
@@ -222,6 +228,7 @@ def run_ours(directory: Path, args) -> None:
             turns.end(loss=last["loss"], grad_norm=last["grad_norm"], tokens=last["tokens"])
 
     steps, Run.steps, data.micro_batches = Run.steps, in_turns, micro_batches
+    data.epoch_order = lambda examples, seed, epoch: np.arange(examples)
     train.main([
         method, "--model", str(directory / "model"), "--data", str(data_file(directory, method)),
         "--output", str(output), "--batch-size", str(BATCH_SIZE.get(method, 8)), "--lr", "1e-6",
