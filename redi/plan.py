@@ -120,7 +120,7 @@ def make_plan(args, config: ModelConfig, dataset: Dataset, total_steps: int, ref
     Args: args: train.py's; reference: whether the method needs log-probs of the model that it begins from.
     """
     lengths, labels, tokens = dataset.input_lengths, dataset.label_counts, dataset.input_lengths.sum(1)
-    flops = training_flops(config, lengths, labels, args.gradient_checkpointing).sum(1)
+    flops = training_flops(config, lengths, labels, args.recompute != "nothing").sum(1)
     step_tokens, micro_batches, fullest, total, possible = [], [], 0, 0.0, 0.0
     for step in range(total_steps):
         _, rows = step_rows(len(dataset), args.batch_size, args.seed, step)
@@ -137,7 +137,7 @@ def make_plan(args, config: ModelConfig, dataset: Dataset, total_steps: int, ref
 
 def describe(plan: Plan, args, config: ModelConfig, dataset: Dataset, itemsize: int) -> str:
     """The plan in words and a table. args: train.py's, after `complete`."""
-    tokens, ranks, recompute = plan.step_tokens, args.world_size, args.gradient_checkpointing
+    tokens, ranks, recompute = plan.step_tokens, args.world_size, args.recompute != "nothing"
     seconds = plan.flops / (ranks * args.peak_tflops * 1e12 * args.utilization * plan.busy)
     memory = partial(peak_memory, config, ranks=ranks, itemsize=itemsize, recompute=recompute, on_gpu=args.on_gpu)
     steps, table = len(tokens), memory(plan.fullest)

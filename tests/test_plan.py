@@ -124,7 +124,7 @@ def test_more_ranks_share_the_work(folder):
 @pytest.mark.parametrize("tied", [False, True])
 def test_matrix_products_counted_by_torch(recompute, tied):
     config = parse_config({**tiny.QWEN2, "vocab_size": 123, "tie_word_embeddings": tied})
-    model = CausalLM(config, gradient_checkpointing=recompute)
+    model = CausalLM(config, "all" if recompute else "nothing")
     tiny.randomize(model, 0)
     length, answer = 47, 30
     labels = torch.full((length,), -100)
@@ -184,7 +184,7 @@ def test_memory_of_the_model_against_torchs_count(model_type, layers, vocab_size
     shape = {**tiny.QWEN2, "hidden_size": 128, "intermediate_size": 704, "num_attention_heads": 4, "head_dim": 32}
     changes = {"model_type": model_type, "num_hidden_layers": layers, "vocab_size": vocab_size}
     config = parse_config({**shape, **changes})
-    model = CausalLM(config, gradient_checkpointing=recompute)
+    model = CausalLM(config, "all" if recompute else "nothing")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     ids, cu_seqlens = torch.zeros(tokens, dtype=torch.int64), torch.tensor([0, 600, tokens], dtype=torch.int32)
@@ -219,14 +219,15 @@ def test_what_does_not_fit_is_named_with_what_would(folder):
     assert verdict("--memory-gib", "20").startswith("does not fit: ")
     assert "weights, gradients and moments alone take " in verdict("--memory-gib", "20")
     assert verdict("--memory-gib", "80", "--world-size", "8").startswith("fits: ")
-    text = verdict("--memory-gib", "6", "--world-size", "8", "--no-gradient-checkpointing")
+    text = verdict("--memory-gib", "6", "--world-size", "8", "--recompute", "nothing")
     limit = figure(text, r"--micro-batch-tokens (\d+) would$")
     assert verdict(
         "--memory-gib",
         "6",
         "--world-size",
         "8",
-        "--no-gradient-checkpointing",
+        "--recompute",
+        "nothing",
         "--micro-batch-tokens",
         limit,
     ).startswith("fits: ")
@@ -313,7 +314,8 @@ def test_the_micro_batch_that_would_fit_is_the_largest_one(folder):
     assert gib(limit) <= 0.008 < gib(limit + 1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="peak memory can be foretold only for a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="peak memory can be foretold only for a GPU: pytest -m gpu")
 def test_peak_memory_within_15_percent_on_a_gpu(folder):
     sized = {**QWEN_1_5B, "num_hidden_layers": 8, "max_position_embeddings": 512}
     tiny.write_model(folder / "large", **{key: sized[key] for key in sized if key != "model_type"})

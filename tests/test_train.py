@@ -229,8 +229,9 @@ def test_micro_batches_do_not_change_the_losses(place, two, tmp_path):
             torch.testing.assert_close(column(run, "loss"), one, atol=5e-6, rtol=0)
 
 
-def test_gradient_checkpointing_does_not_change_the_run(place, tmp_path):
-    train.main(arguments(place, "redi", tmp_path / "run", no_gradient_checkpointing=True))
+@pytest.mark.parametrize("changes", [{"recompute": "all"}, {"recompute": "nothing"}, {"keep_layers": 1}], ids=str)
+def test_what_is_computed_again_does_not_change_the_run(place, tmp_path, changes):
+    train.main(arguments(place, "redi", tmp_path / "run", **changes))
     assert same_run(place / "one" / "redi", tmp_path / "run")
 
 

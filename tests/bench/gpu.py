@@ -114,8 +114,8 @@ def compare_backends(device: str) -> None:
             out = packed_attention(*inputs, bounds.to(device), 513)
             return out, *torch.autograd.grad(out, inputs, upstream.to(device, dtype))
 
-    cached = random(5, 12, 128), random(5, 2, 700, 128), random(5, 2, 700, 128)
-    lengths = torch.tensor([1, 2, 300, 699, 700])
+    cached = random(5, 12, 128), random(5, 700, 2, 128), random(5, 700, 2, 128)
+    lengths = torch.tensor([1, 2, 300, 699, 700], dtype=torch.int32)
 
     def decoding(device, dtype):
         return (cached_attention(*(x.to(device, dtype) for x in cached), lengths.to(device)),)
