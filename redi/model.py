@@ -26,7 +26,6 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 FAMILIES = {"qwen2": (True, False), "qwen3": (False, True), "llama": (False, False)}
 
 
-
 def _keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -66,8 +65,12 @@ class ModelConfig:
         """
         channels = self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
         layer = self.hidden_size * (channels + 3 * self.intermediate_size)
-        attention = self.num_attention_heads * self.head_dim * lengths**2.0
-        return 2.0 * (self.num_hidden_layers * (layer * lengths + attention) + self.hidden_size * self.vocab_size * labels)
+        products = self.num_hidden_layers * layer * lengths + self.hidden_size * self.vocab_size * labels
+        return 2.0 * products + self.attention_flops(lengths)
+
+    def attention_flops(self, lengths):
+        """The part of forward_flops that is attention's."""
+        return 2.0 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * lengths**2.0
 
 
 def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
