@@ -62,7 +62,7 @@ def peak_memory(
     with torch.device("meta"):
         model = CausalLM(replace(config, num_hidden_layers=1))
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    root = sum(p.numel() for p in model.parameters()) - layer  # embedding, final norm, head: gathered all through a step
+    root = sum(p.numel() for p in model.parameters()) - layer  # embedding, final norm, head: gathered through a step
     parameters = root + layer * config.num_hidden_layers
     head = config.vocab_size * config.hidden_size
     width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads

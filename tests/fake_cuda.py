@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import torch
@@ -64,6 +65,9 @@ def pretend() -> None:
         setattr(torch.cuda, name, lambda *_: 1)
     for name in ("current_device", "is_current_stream_capturing", "max_memory_allocated", "set_device"):
         setattr(torch.cuda, name, lambda *_: 0)
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(major=9, minor=0)
+    torch.cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)  # torch.compile puts it back
+    torch.cuda.set_rng_state = lambda *_: None
     torch.cuda.Stream = torch.cuda.Event = torch.cuda.current_stream = MagicMock
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.Tensor.record_stream = lambda *_: None
@@ -98,10 +102,10 @@ READS = {"_local_scalar_dense", "item", "is_nonzero", "equal"}  # the host asks 
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operation below autograd, and raises AssertionError where CPU tensors meet CUDA ones, where dtypes
-    differ in a product, where FlashAttention would refuse its arguments, and where a graph captures what is not the
-    device's work or is replayed after its memory has gone. Numbers that are read are ones. (Operations whose
-    shapes depend on numbers, which wait too, raise an exception of FakeTensorMode's own.)
+    """Sees every operation below autograd, compiled ones too, and raises AssertionError where CPU tensors meet CUDA
+    ones, where dtypes differ in a product, where FlashAttention would refuse its arguments, and where a graph
+    captures what is not the device's work or is replayed after its memory has gone. Numbers that are read are ones.
+    (Operations whose shapes depend on numbers, which wait too, raise an exception of FakeTensorMode's own.)
 
     waits: how often the host waited for the device: it read, or it copied but from pinned memory, while there was
     work under way. places: where. seen: operations by name, how often. largest: elements of the largest tensor made.
@@ -112,13 +116,17 @@ class Watch(TorchDispatchMode):
         self.waits, self.places, self.seen, self.largest = 0, [], Counter(), 0
         self.working, self.graph = False, None
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # else torch.compile would compile nothing under this mode
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         given = [x for x in tree_leaves([args, kwargs]) if isinstance(x, torch.Tensor)]
         if name in READS:
             self._wait()
             return 1.0 if given[0].is_floating_point() else 1
-        if torch.is_inference_mode_enabled() and func.namespace == "aten":  # composite operations come whole: look inside
+        if torch.is_inference_mode_enabled() and func.namespace == "aten":  # composite ones come whole: look inside
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -161,7 +169,7 @@ class Watch(TorchDispatchMode):
             assert dtypes <= {torch.bfloat16, torch.float16} and all(x.shape[2] % 8 == 0 for x in heads), f"{func}"
             assert all(x.shape[2] <= 256 and x.stride(2) == 1 for x in heads), f"{func}"
             for x in tensors:
-                if not x.is_floating_point() and x.dtype != torch.uint64:  # bounds and lengths; but the random state
+                if not x.is_floating_point() and x.dtype != torch.uint64:  # bounds, lengths; but the random state
                     assert x.dtype == torch.int32 and x.is_contiguous(), f"{func} of {x.dtype} lengths"
 
     @contextlib.contextmanager

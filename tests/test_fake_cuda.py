@@ -1,7 +1,7 @@
-"""The CUDA paths without a GPU, over fake tensors: shapes, dtypes, devices, waits for the device, what a graph captures.
+"""The CUDA paths without a GPU, over fake tensors: shapes, dtypes, devices, waits, what a graph captures.
 
-Nothing is computed: this finds no wrong number. The checks run in processes of their own, since tests/fake_cuda.py
-makes a process believe in a GPU for good:    python -m tests.test_fake_cuda training inference defects
+Nothing is computed: this finds no wrong number. The checks run in a process of their own, since tests/fake_cuda.py
+makes a process believe in a GPU for good:    python -m tests.test_fake_cuda training compile inference defects
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -31,18 +32,18 @@ SHAPE = {**tiny.QWEN2, "head_dim": 8, "num_hidden_layers": 2}
 ONE_LAYER = {"num_hidden_layers": 1}
 # Model, method, flags, forward passes of attention to one backward (of dpo, the reference's come on top).
 RUNS = [
-    ({"model_type": "qwen2"}, "redi", [], 1),
+    ({"model_type": "qwen2", **ONE_LAYER}, "redi", [], 1),
     ({"model_type": "qwen3", "tie_word_embeddings": False, **ONE_LAYER}, "dpo", ["--recompute", "all"], None),
     ({"model_type": "llama", "num_key_value_heads": 6, **ONE_LAYER}, "simpo", ["--recompute", "nothing"], 1),
-    ({"model_type": "qwen2"}, "sft", ["--recompute", "all", "--keep-layers", "1", "--micro-batch-tokens", "300"], 3 / 2),
+    ({"model_type": "qwen2"}, "sft", ["--recompute", "all", "--keep-layers", "1", "--micro-batch-tokens", "300"], 1.5),
 ]
 
 
-@pytest.mark.parametrize("checks", ["training", "inference defects"])
-def test_on_a_pretended_gpu(checks):
+def test_on_a_pretended_gpu():
     if reason := fake_cuda.why_not():
         pytest.skip(reason)
-    command = [sys.executable, "-W", "ignore", "-m", "tests.test_fake_cuda", *checks.split()]
+    checks = ["training", "compile", "inference", "defects"]  # in one process: most of a check's time is its imports'
+    command = [sys.executable, "-W", "ignore", "-m", "tests.test_fake_cuda", *checks]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -117,6 +118,32 @@ def run_training(folder: Path, changes: dict, method: str, flags: list[str]) -> 
     return watch
 
 
+def check_compile() -> None:
+    """Layers compiled one by one, as train.py does it: the code of the first serves all, whatever the lengths."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    layers, kept, lengths, graphs = 9, 3, (40, 64, 51), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("eager")(graph, inputs)
+
+    with fake_gpu() as watch:
+        with torch.device("cuda"), default_dtype(torch.bfloat16):
+            config = parse_config({**SHAPE, "vocab_size": 300, "num_hidden_layers": layers})
+            lm = CausalLM(config, "all-but-attention", kept)
+        for layer in lm.model.layers:
+            layer.compile(backend=backend)
+        for length in lengths:
+            ids = torch.zeros(length, dtype=torch.int64, device="cuda")
+            bounds = torch.zeros(3, dtype=torch.int32, device="cuda")
+            lm(ids, ids, bounds, length - 3, ids, ids[3:]).sum().backward()
+        with torch.no_grad():
+            lm(ids, ids, bounds, length - 3, ids, ids[3:])
+    assert len(graphs) == 3  # for the first length, for any length, and without gradients
+    forward, backward = (watch.seen[f"torch_attn._varlen_attn{name}.default"] for name in ("", "_backward"))
+    assert (forward, backward) == (layers * (len(lengths) + 1), layers * len(lengths))  # kept also where compiled
+
+
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype):
     torch.set_default_dtype(dtype)
@@ -187,10 +214,12 @@ def check_defects() -> None:
     defects = {
         r"two.* devices,? cuda:0": (model, "rope_frequencies", lambda config, device: rope(config)),
         r"addmm.default of {torch.": (kernels, "rms_norm", lambda x, weight, eps: F.rms_norm(x.float(), x.shape[-1:])),
-        "2 waits in a step": (train, "metric_terms", lambda method, loss, *rest: terms(method, loss * loss.item(), *rest)),
+        "2 waits in a step": (train, "metric_terms", lambda method, loss, *rest: (
+            terms(method, loss * loss.item(), *rest))),
         "aten.nonzero": (data.MicroBatch, "model_inputs", lambda self: (
             self.input_ids, self.position_ids, self.cu_seqlens, self.max_seqlen, self.labels)),
         "the host waits in a graph": (attention, "_cached_flash", dense),
+        "in a graph uses the CPU": (model, "rope_frequencies", lambda config, device: rope(config).to(device)),
         "a graph is replayed on freed memory": (generation.KVCache, "reserve", reserve_and_keep_graph),
     }  # fmt: skip
     with process_group(1), tempfile.TemporaryDirectory() as folder:

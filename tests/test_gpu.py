@@ -1,4 +1,4 @@
-"""What only a GPU can show, against the same on the CPU in fp32: pytest -m gpu. All other tests have the GPUs hidden."""
+"""What only a GPU can show, against the same on the CPU in fp32: pytest -m gpu. From other tests GPUs are hidden."""
 
 import copy
 from itertools import pairwise

@@ -66,7 +66,8 @@ def test_token_logps_from_bf16_are_those_of_an_fp32_evaluation():
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 5e-5), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize(
     "tokens, vocabulary, width, chunk",
-    [(1, 1, 1, 1), (1, 7, 3, 4), (5, 17, 1, 2), (29, 33, 5, 29), (30, 33, 5, 29), (67, 1025, 19, 13), (13, 40_009, 9, 6)],
+    [(1, 1, 1, 1), (1, 7, 3, 4), (5, 17, 1, 2), (29, 33, 5, 29),
+     (30, 33, 5, 29), (67, 1025, 19, 13), (13, 40_009, 9, 6)],
 )
 def test_values_and_gradients_against_fp64(tokens, vocabulary, width, chunk, dtype, rtol):
     """Sizes around the vectors of a kernel; one chunk full, one token more; some tokens ignored."""
@@ -101,7 +102,8 @@ def test_a_token_that_is_not_finite_spoils_no_other():
     clean = gradients(lambda *args: token_logps(*args, chunk_size=CHUNK), hidden, weight, labels)
     for value in (math.nan, math.inf):
         hidden[13, 0] = value
-        logps, grad_hidden, grad_weight = gradients(lambda *a: token_logps(*a, chunk_size=CHUNK), hidden, weight, labels)
+        logps, grad_hidden, grad_weight = gradients(
+            lambda *args: token_logps(*args, chunk_size=CHUNK), hidden, weight, labels)
         others = torch.arange(T) != 13
         assert logps[13].isnan() and torch.equal(logps[others], clean[0][others])
         assert torch.equal(grad_hidden[others], clean[1][others])

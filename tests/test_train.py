@@ -509,7 +509,7 @@ def test_a_run_of_the_first_version_goes_on(place, held_out, tmp_path):
     run = tmp_path / "run"
     cut_back(place / "one" / "dpo", run, step=4)
     record = json.loads((run / "run.json").read_text())
-    record["settings"] |= {"alpha": "0.8", "gamma": "1.0", "loss_on_prompt": "False"}
+    record["settings"] |= {"alpha": "0.8", "gamma": "1.0", "loss_on_prompt": "False", "gradient_checkpointing": "True"}
     for key in ("label_smoothing", "append_end_of_text", "weight_decay"):  # as if these had come later
         del record["settings"][key]
     (run / "run.json").write_text(json.dumps(record, indent=2))
