@@ -22,7 +22,7 @@ from redi.command import Parser, count, not_negative, number, positive, positive
 from redi.distributed import say
 from redi.files import resolve_directory
 from redi.losses import sequence_logps
-from redi.model import CausalLM, ModelConfig
+from redi.model import RECOMPUTE, CausalLM, ModelConfig
 from redi.pretrained import DTYPES, MODEL_FILES, check_weights, load_config, load_weights
 from redi.rows import TokenSettings
 from redi.run import Run
@@ -177,7 +177,7 @@ def read_config(args, directory: Path, tokenizer: Tokenizer) -> ModelConfig:
 
 def build_model(args, config: ModelConfig, directory: Path, device: torch.device) -> CausalLM:
     with torch.device("meta"):
-        model = CausalLM(config, gradient_checkpointing=args.gradient_checkpointing)
+        model = CausalLM(config, args.recompute, args.keep_layers)
     check_weights(model, directory)
     if args.compile:
         for layer in model.model.layers:
@@ -265,8 +265,9 @@ def add_flags(parser: Parser, method: Method) -> None:
     add("--dtype", choices=list(DTYPES), help="of the computation (default: bfloat16 on a GPU, float32 on a CPU); "
         "master weights are float32")
     add("--micro-batch-tokens", type=positive_int, default=40960, help="tokens of one rank in memory at once")
-    add("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false",
-        help="keep activations instead of computing them again")
+    add("--recompute", choices=list(RECOMPUTE), default="all-but-attention",
+        help="what a layer computes again in backward instead of keeping it in memory")
+    add("--keep-layers", type=count, default=0, help="the last layers, so many, recompute nothing")
     add("--compile", action="store_true", help="torch.compile the layers")
     add("--save-every", type=count, default=200, help="steps between checkpoints; 0 for none")
     add("--keep-checkpoints", type=count, default=2, help="how many to keep; 0 for all")

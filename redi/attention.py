@@ -1,5 +1,7 @@
-"""Causal attention over packed sequences (training, prompts) and over a cache of keys and values (decoding),
-each with a CPU and a CUDA back-end of one signature.
+"""Causal attention over packed sequences (training, prompts) and over a cache of keys and values (decoding).
+
+Each has two back-ends of one signature, chosen by `uses_flash`: FlashAttention, or PyTorch's dense attention one
+sequence at a time, which runs anywhere.
 
 Queries are (T, H, D), keys and values (T, K, D) with H a multiple of K (grouped-query attention): query
 head h reads key/value head h // (H / K). Scores are scaled by 1 / sqrt(D).
@@ -10,6 +12,20 @@ import inspect
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+# What a checkpoint may keep of a layer instead of computing it again: outputs of attention.
+ATTENTION_OPS = {
+    torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
+
+
+def uses_flash(q: torch.Tensor) -> bool:
+    """Whether FlashAttention takes these queries (T, H, D): its kernels are for 16-bit numbers and these head sizes."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def packed_attention(
@@ -20,13 +36,15 @@ def packed_attention(
     Args: q (T, H, D), k and v (T, K, D), cu_seqlens (N+1,) int32, max_seqlen: tokens of the longest sequence.
     Returns: (T, H, D), dtype of q.
     """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return _varlen_attention(q, k, v, cu_seqlens, max_seqlen)
-    return _loop_attention(q, k, v, cu_seqlens)
+    if uses_flash(q):
+        return _packed_flash(q, k, v, cu_seqlens, max_seqlen)
+    return _packed_dense(q, k, v, cu_seqlens)
 
 
-def _loop_attention(q, k, v, cu_seqlens):
-    """One dense causal call a sequence: no padding, no block mask, nothing quadratic in T."""
+def _packed_dense(q, k, v, cu_seqlens):
+    """One dense causal call a sequence: no padding, no block mask, nothing quadratic in memory."""
+    if q.is_cuda:  # where the kernel that is linear in memory wants as many key heads as query heads
+        k, v = _expand_heads(q, k, v)
     lengths = cu_seqlens.diff().tolist()
     outputs = []
     # Split, not sliced: backward of a slice fills a tensor of all T tokens, for every sequence. Saves 6 % of a
@@ -38,17 +56,14 @@ def _loop_attention(q, k, v, cu_seqlens):
     return torch.cat(outputs)
 
 
-def _varlen_attention(q, k, v, cu_seqlens, max_seqlen):
-    """FlashAttention over the packed tokens: one kernel for all sequences, no host synchronisation."""
-    from torch.nn.attention.varlen import varlen_attn
-
+def _packed_flash(q, k, v, cu_seqlens, max_seqlen):
+    """One kernel for all sequences, no host synchronisation."""
     options = {}
     if q.shape[1] != k.shape[1]:
         if _varlen_has_gqa():
             options["enable_gqa"] = True
         else:
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+            k, v = _expand_heads(q, k, v)
     return varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **options
     )
@@ -57,33 +72,46 @@ def _varlen_attention(q, k, v, cu_seqlens, max_seqlen):
 @functools.cache
 def _varlen_has_gqa() -> bool:
     """Whether this torch takes fewer key/value heads as they are: 2.12 does, 2.11 does not."""
-    from torch.nn.attention.varlen import varlen_attn
-
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _expand_heads(q, k, v):
+    groups = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
 
 def cached_attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
-    """One new token in each of N rows attends to what its row's cache holds, itself included.
+    """One new token in each of N rows attends to what its row's cache holds, itself included, and reads no more.
 
-    Args: q (N, H, D); keys, values (N, K, S, D), where slot i of a row is its position i and slots from
-    `lengths` on are unused; lengths (N,) int64.
+    Args: q (N, H, D); keys, values (N, S, K, D), where slot i of a row is its position i and slots from
+    `lengths` on are unused; lengths (N,) int32.
     Returns: (N, H, D), dtype of q.
     """
+    if uses_flash(q):
+        return _cached_flash(q, keys, values, lengths)
+    return _cached_dense(q, keys, values, lengths)
+
+
+def _cached_dense(q, keys, values, lengths):
+    """Row by row: a row's result has the same bits whatever the lengths of the others."""
     rows, heads, size = q.shape
-    q = q.view(rows, keys.shape[1], -1, size)  # heads of a group as queries to one key head: (N, K, H/K, D)
-    if q.is_cuda:
-        visible = torch.arange(keys.shape[2], device=q.device) < lengths[:, None, None, None]  # (N, 1, 1, S)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
-    else:
-        out = torch.cat(_attend_by_row(q, keys, values, lengths))
-    return out.reshape(rows, heads, size)
+    groups = q.view(rows, 1, keys.shape[2], -1, size)  # heads of a group as queries to one key head: (N, 1, K, H/K, D)
+    outputs = []
+    for q_i, k_i, v_i, n in zip(groups, keys, values, lengths.tolist()):
+        k_i, v_i = (x[None, :n].transpose(1, 2) for x in (k_i, v_i))  # (1, K, n, D)
+        outputs.append(F.scaled_dot_product_attention(q_i, k_i, v_i))
+    return torch.cat(outputs).reshape(rows, heads, size)
 
 
-def _attend_by_row(q, keys, values, lengths):
-    """Reads no unused slot; and a row's result has the same bits whatever the lengths of the others."""
-    return [
-        F.scaled_dot_product_attention(q[i : i + 1], keys[i : i + 1, :, :n], values[i : i + 1, :, :n])
-        for i, n in enumerate(lengths.tolist())
-    ]
+def _cached_flash(q, keys, values, lengths):
+    """The rows as sequences of one query each, in one kernel that splits a long row's keys over many blocks. Called
+    below varlen_attn, which takes no lengths of its own before torch 2.12."""
+    rows, slots = keys.shape[:2]
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        q, keys.flatten(0, 1), values.flatten(0, 1), starts, starts * slots, 1, slots, 0.0, False, False,
+        seqused_k=lengths,
+    )
+    return out

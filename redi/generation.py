@@ -4,8 +4,8 @@ Rows of the cache are decoded together; a row that finishes is given to the next
 number behind a token depends on its request's key, its position and nothing else, so a request's sample does
 not depend on what is decoded beside it, as far as the logits do not. On CPU they do not depend on it at all:
 the model is always run on DECODE_TILE tokens (matrix products of another shape may round differently),
-prompts one at a time, and attention row by row. On CUDA the shapes depend on `rows` and on the longest row,
-so samples are equal to the extent that kernels round equally.
+prompts one at a time, and attention row by row. On CUDA the shapes depend on `rows`, so samples are equal to
+the extent that kernels round equally.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from redi.attention import cached_attention, packed_attention
+from redi.attention import cached_attention, packed_attention, uses_flash
 from redi.sampling import sample
 
 DECODE_TILE = 16  # tokens that one call of the model decodes on CPU
@@ -40,6 +40,11 @@ class _Row:
     def position(self) -> int:
         """Position of the newest token: sampled, its keys and values not yet in the cache."""
         return len(self.request.prompt_ids) + len(self.ids) - 1
+
+    @property
+    def slots_needed(self) -> int:
+        """Slots of the cache at most: the last token sampled is never put there."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens - 1
 
 
 @torch.inference_mode()
@@ -75,14 +80,15 @@ def generate(
             if reason := _finish_reason(row, stop_ids):
                 yield row.index, row.ids, reason
                 continue
-            cache.reserve(len(prompt_ids) + 1, [r.position for r in active])
-            cache.write_prompt(len(active), prompt)
+            positions = [row.position for row in active]
             active.append(row)
+            cache.reserve(len(prompt_ids), positions, max(row.slots_needed for row in active))
+            cache.write_prompt(len(positions), prompt)
         if not active:
             return
 
         positions = [row.position for row in active]
-        cache.reserve(max(positions) + 1, positions)
+        cache.reserve(max(positions) + 1, positions, max(row.slots_needed for row in active))
         logits = cache.decode([row.ids[-1] for row in active], positions)
         next_positions = [position + 1 for position in positions]
         keys = [row.request.key for row in active]
@@ -105,13 +111,13 @@ def _finish_reason(row: _Row, stop_ids: frozenset[int]) -> str | None:
 
 
 def _prefill(model, prompt_ids: list[int]):
-    """Run the model over one prompt. Returns (keys, values) by layer, each (K, T, D), and logits (1, V)."""
+    """Run the model over one prompt. Returns (keys, values) by layer, each (T, K, D), and logits (1, V)."""
     device, length = model.head_weight.device, len(prompt_ids)
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
     by_layer = []
 
     def attend(q, k, v):
-        by_layer.append((k.transpose(0, 1), v.transpose(0, 1)))
+        by_layer.append((k, v))
         return packed_attention(q, k, v, cu_seqlens, length)
 
     input_ids = torch.tensor(prompt_ids, device=device)
@@ -120,47 +126,56 @@ def _prefill(model, prompt_ids: list[int]):
 
 
 class KVCache:
-    """Keys and values of up to `rows` sequences: by layer (rows, K, capacity, D), where slot == position.
+    """Keys and values of up to `rows` sequences: by layer (rows, capacity, K, D), where slot == position.
 
     The capacity follows the longest sequence so far, in whole blocks. On CPU, pages that no row has written
     to take no memory.
     """
 
     def __init__(self, model, rows: int):
-        self.model, config, weight = model, model.config, model.head_weight
-        self.on_cuda = weight.is_cuda
-        self.width = rows if self.on_cuda else DECODE_TILE  # tokens in one call of the model
-        rows = -(-rows // self.width) * self.width
-        shape = (rows, config.num_key_value_heads, 0, config.head_dim)
-        self.layers = [[weight.new_empty(shape) for _ in "kv"] for _ in range(config.num_hidden_layers)]
+        self.model, self.rows, self.capacity, self.graph = model, rows, 0, None
+        config, weight = model.config, model.head_weight
+        # One CUDA graph for all rows, where the attention in it needs no lengths on the host.
+        self.captures = uses_flash(weight.new_empty(1, 1, config.head_dim))
+        self.width = rows if self.captures else DECODE_TILE  # tokens in one call of the model
         self.row_ids = torch.arange(self.width, device=weight.device)
-        self.capacity, self.graphs = 0, {}
+        self.layers = [self._allocate() for _ in range(config.num_hidden_layers)]
 
-    def reserve(self, length: int, lengths: list[int]) -> None:
-        """Make room for `length` slots a row, keeping the first lengths[i] slots of row i."""
+    def _allocate(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, (rows, capacity, K, D). In memory a head's slots lie side by side on a CPU (a
+        fifth of the time of dense attention), a slot's heads on CUDA (what FlashAttention reads)."""
+        config, rows = self.model.config, -(-self.rows // self.width) * self.width
+        shape, size = (rows, self.capacity, config.num_key_value_heads), config.head_dim
+        new = self.model.head_weight.new_empty
+        if self.captures:
+            return new(*shape, size), new(*shape, size)
+        shape = shape[0], shape[2], shape[1]
+        return new(*shape, size).transpose(1, 2), new(*shape, size).transpose(1, 2)
+
+    def reserve(self, length: int, lengths: list[int], needed: int) -> None:
+        """Make room for `length` slots a row, and for no more than `needed`, which is all that the rows can come to.
+        Keeps the first lengths[i] slots of row i."""
         if length <= self.capacity:
             return
         # At least a quarter more, so that all copies together cost but a few times the final cache.
-        self.capacity = -(-max(length, self.capacity * 5 // 4) // CACHE_BLOCK) * CACHE_BLOCK
-        self.graphs.clear()  # they hold the old addresses
-        for tensors in self.layers:
-            for i, old in enumerate(tensors):
-                shape = (*old.shape[:2], self.capacity, old.shape[3])
-                # On CUDA unused slots are read and weighted with zero, which NaN would survive.
-                new = old.new_zeros(shape) if self.on_cuda else old.new_empty(shape)
+        wanted = min(max(length, self.capacity * 5 // 4), needed)
+        self.capacity = -(-wanted // CACHE_BLOCK) * CACHE_BLOCK
+        self.graph = None  # it holds the old addresses
+        for i, old in enumerate(self.layers):
+            self.layers[i] = self._allocate()
+            for source, target in zip(old, self.layers[i]):
                 for row, kept in enumerate(lengths):
-                    new[row, :, :kept] = old[row, :, :kept]
-                tensors[i] = new
+                    target[row, :kept] = source[row, :kept]
 
     def write_prompt(self, row: int, prompt: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         for tensors, sources in zip(self.layers, prompt):
             for tensor, source in zip(tensors, sources):
-                tensor[row, :, : source.shape[1]] = source
+                tensor[row, : len(source)] = source
 
     def move(self, source: int, target: int, length: int) -> None:
         for tensors in self.layers:
             for tensor in tensors:
-                tensor[target, :, :length] = tensor[source, :, :length]
+                tensor[target, :length] = tensor[source, :length]
 
     def decode(self, input_ids: list[int], positions: list[int]) -> torch.Tensor:
         """Run the model on the newest token of rows 0 to n-1 and keep its keys and values: logits (n, V)."""
@@ -168,39 +183,36 @@ class KVCache:
         padding = [0] * (-n % self.width)  # rows without a sequence: token 0 at position 0, result unused
         input_ids = torch.tensor(input_ids + padding, device=device)
         position_ids = torch.tensor(positions + padding, device=device)
-        if self.on_cuda:
-            return self._replay(input_ids, position_ids, max(positions) + 1)[:n]
+        if self.captures:
+            return self._replay(input_ids, position_ids)[:n]
         logits = [
             self._step(start, input_ids[start : start + self.width], position_ids[start : start + self.width])
             for start in range(0, n, self.width)
         ]
         return torch.cat(logits)[:n] if len(logits) > 1 else logits[0][:n]
 
-    def _step(self, start: int, input_ids: torch.Tensor, position_ids: torch.Tensor, span: int | None = None):
-        """input_ids, position_ids (width,) of the rows from `start` on, with `span` slots -> (width, V)."""
+    def _step(self, start: int, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids, position_ids (width,) of the rows from `start` on -> (width, V)."""
+        lengths = (position_ids + 1).int()
 
         def attend(keys, values, q, k, v):
-            keys[self.row_ids, :, position_ids] = k
-            values[self.row_ids, :, position_ids] = v
-            return cached_attention(q, keys, values, position_ids + 1)
+            keys[self.row_ids, position_ids] = k
+            values[self.row_ids, position_ids] = v
+            return cached_attention(q, keys, values, lengths)
 
         rows = slice(start, start + self.width)
-        attends = [partial(attend, keys[rows, :, :span], values[rows, :, :span]) for keys, values in self.layers]
+        attends = [partial(attend, keys[rows], values[rows]) for keys, values in self.layers]
         return self.model.logits(self.model.hidden(input_ids, position_ids, attends))
 
-    def _replay(self, input_ids: torch.Tensor, position_ids: torch.Tensor, length: int) -> torch.Tensor:
-        """_step for all rows as one CUDA graph for each number of blocks that the longest row fills:
-        launching the kernels one by one costs more than running them."""
-        span = -(-length // CACHE_BLOCK) * CACHE_BLOCK
-        if span not in self.graphs:
-            inputs = input_ids.clone(), position_ids.clone()
-            self._step(0, *inputs, span)  # what kernels set up at their first call cannot be captured
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self._step(0, *inputs, span)
-            self.graphs[span] = graph, inputs, logits
-        graph, inputs, logits = self.graphs[span]
-        inputs[0].copy_(input_ids)
-        inputs[1].copy_(position_ids)
-        graph.replay()
-        return logits
+    def _replay(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """_step for all rows as one CUDA graph: launching the kernels one by one costs more than running them."""
+        if self.graph is None:
+            self.inputs = input_ids.clone(), position_ids.clone()
+            self._step(0, *self.inputs)  # what kernels set up at their first call cannot be captured
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._step(0, *self.inputs)
+        self.inputs[0].copy_(input_ids)
+        self.inputs[1].copy_(position_ids)
+        self.graph.replay()
+        return self.logits

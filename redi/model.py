@@ -13,10 +13,10 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from redi import kernels
-from redi.attention import packed_attention
+from redi.attention import ATTENTION_OPS, packed_attention
 from redi.losses import fp32_product, matmul_dtype, token_logps
 
 # attend(q (T, H, D), k (T, K, D), v (T, K, D)) -> (T, H, D): attention in one layer, after RoPE
@@ -24,6 +24,19 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # What the three families do differently: (bias on q, k and v; RMSNorm on each query and key head).
 FAMILIES = {"qwen2": (True, False), "qwen3": (False, True), "llama": (False, False)}
+
+
+def _keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# What a layer computes again in backward -> options of `checkpoint`. The attention's output is as small as a layer's
+# input, and the dearest to compute again where sequences are long.
+RECOMPUTE = {
+    "all": {},
+    "all-but-attention": {"context_fn": partial(create_selective_checkpoint_contexts, _keep_attention)},
+    "nothing": None,
+}
 
 
 @dataclass
@@ -52,9 +65,12 @@ class ModelConfig:
         """
         channels = self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
         layer = self.hidden_size * (channels + 3 * self.intermediate_size)
-        attention = self.num_attention_heads * self.head_dim * lengths**2.0
-        head = self.hidden_size * self.vocab_size * labels
-        return 2.0 * (self.num_hidden_layers * (layer * lengths + attention) + head)
+        products = self.num_hidden_layers * layer * lengths + self.hidden_size * self.vocab_size * labels
+        return 2.0 * products + self.attention_flops(lengths)
+
+    def attention_flops(self, lengths):
+        """The part of forward_flops that is attention's."""
+        return 2.0 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * lengths**2.0
 
 
 def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
@@ -153,12 +169,16 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder with its output projection. Weights are fp32 and uninitialised until loaded or `init_weights`."""
+    """A decoder with its output projection. Weights are fp32 and uninitialised until loaded or `init_weights`.
 
-    def __init__(self, config: ModelConfig, gradient_checkpointing: bool = False):
+    recompute: what a layer computes again in backward instead of keeping it: a key of RECOMPUTE. keep_layers: how
+    many layers, the last ones, keep everything all the same.
+    """
+
+    def __init__(self, config: ModelConfig, recompute: str = "nothing", keep_layers: int = 0):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = gradient_checkpointing
+        self.recompute, self.keep_layers = recompute, keep_layers
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -188,9 +208,10 @@ class CausalLM(nn.Module):
         angles = position_ids[:, None, None].float() * rope_frequencies(self.config, position_ids.device)
         cos, sin = angles.cos(), angles.sin()  # (T, 1, D/2)
         x = self.model.embed_tokens(input_ids)  # (T, C)
-        for layer, attend in zip(self.model.layers, attends, strict=True):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+        options, count = RECOMPUTE[self.recompute], len(self.model.layers) - self.keep_layers
+        for i, (layer, attend) in enumerate(zip(self.model.layers, attends, strict=True)):
+            if options is not None and i < count and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False, **options)
             else:
                 x = layer(x, cos, sin, attend)
         return self.model.norm(x)

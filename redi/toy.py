@@ -231,7 +231,7 @@ def prepare(output: Path, seed: int) -> None:
 
 def train_stage(train: Command, arguments: list[str], start: Path, rows: Path, output: Path, seed: int) -> None:
     train([*arguments, "--model", str(start), "--data", str(rows), "--output", str(output), "--resume",
-           "--seed", str(seed), "--dtype", "float32", "--no-gradient-checkpointing", "--log-every", "100"])
+           "--seed", str(seed), "--dtype", "float32", "--recompute", "nothing", "--log-every", "100"])
 
 
 def evaluate_models(evaluate: Command, models: list[Path], problems: Path, output: Path, arguments: list[str]) -> None:

@@ -10,6 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config):
+    """Leave GPUs to those who use them: tests, and the commands that they start, see none, but for pytest -m gpu."""
+    wanted = config.getoption("markexpr")
+    if "gpu" not in wanted or "not gpu" in wanted:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real problems, traces and answers that stands beside a development checkout."""

@@ -80,14 +80,13 @@ def test_a_new_objective_as_readme_adds_it(copy):
 def test_a_new_metric_in_two_files(copy):
     """The mean entropy, in nats a token, of the model's predictions over chosen and rejected responses."""
     losses, loop = copy / "redi" / "losses.py", copy / "train.py"
-    edit(losses, "        logsumexps = torch.empty_like(logps)\n",
-         "        logsumexps = torch.empty_like(logps)\n        entropies = torch.empty_like(logps)\n")
-    edit(losses, "            logsumexps[rows] = (maxima + sums.log()).squeeze(1)\n",
-         "            logsumexps[rows] = (maxima + sums.log()).squeeze(1)\n"
-         "            probs = exps / sums\n"
-         "            entropies[rows] = -torch.xlogy(probs, probs).sum(-1)\n")
-    edit(losses, "        return logps.sub_(logsumexps)\n",
-         "        ctx.mark_non_differentiable(entropies)\n        return logps.sub_(logsumexps), entropies\n")
+    edit(losses, "        dtype = matmul_dtype(hidden)\n        weight, log_probs =",
+         "        entropies, dtype = torch.empty_like(logps), matmul_dtype(hidden)\n        weight, log_probs =")
+    edit(losses, "            logps[rows] = log_probs.gather(1, labels[rows, None]).squeeze(1)\n",
+         "            logps[rows] = log_probs.gather(1, labels[rows, None]).squeeze(1)\n"
+         "            entropies[rows] = -(log_probs.exp() * log_probs).sum(-1)\n")
+    edit(losses, "        return logps\n",
+         "        ctx.mark_non_differentiable(entropies)\n        return logps, entropies\n")
     edit(losses, "    def backward(ctx, grad_logps):\n", "    def backward(ctx, grad_logps, _):\n")
     edit(losses, "    logps = _LabelLogps.apply(hidden[positions], head_weight, labels[positions], chunk_size)\n"
          "    return torch.zeros(len(labels), device=hidden.device).index_copy(0, positions, logps)\n",

@@ -59,33 +59,13 @@ def test_cached_attention_equals_attention_over_each_row_alone():
     n, heads, kv_heads, slots, size = 5, 6, 2, 13, 7
     lengths = torch.tensor([1, 13, 4, 8, 2])
     q = torch.randn(n, heads, size)
-    keys, values = torch.randn(n, kv_heads, slots, size), torch.randn(n, kv_heads, slots, size)
+    keys, values = torch.randn(n, slots, kv_heads, size), torch.randn(n, slots, kv_heads, size)
     out = cached_attention(q, keys, values, lengths)
     for i, length in enumerate(lengths):
         for h in range(heads):
-            k, v = keys[i, h // 3, :length], values[i, h // 3, :length]
+            k, v = keys[i, :length, h // 3], values[i, :length, h // 3]
             weights = torch.softmax(k @ q[i, h] / math.sqrt(size), dim=0)
             torch.testing.assert_close(out[i, h], weights @ v)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the CUDA back-end with the CPU one: no GPU here")
-def test_cached_attention_is_the_same_on_cuda():
-    torch.manual_seed(0)
-    lengths = torch.tensor([1, 300, 64, 2])
-    q, keys, values = torch.randn(4, 12, 128), torch.randn(4, 2, 512, 128), torch.randn(4, 2, 512, 128)
-    expected = cached_attention(q, keys, values, lengths)
-    for dtype, atol in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        inputs = (x.to("cuda", dtype) for x in (q, keys, values))
-        out = cached_attention(*inputs, lengths.cuda())
-        torch.testing.assert_close(out.float().cpu(), expected, atol=atol, rtol=0)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs: no GPU here")
-def test_decoding_by_cuda_graph_gives_the_greedy_ids_of_the_cpu(monkeypatch):
-    monkeypatch.setattr(generation, "CACHE_BLOCK", 8)
-    model, requests = tiny_model(), make_requests(count=7, samples=1)
-    expected = sorted(generate(model, requests, (), temperature=0))
-    assert sorted(generate(model.cuda(), requests, (), temperature=0, rows=4)) == expected
 
 
 @pytest.mark.parametrize("block", [8, 1024])
@@ -176,7 +156,7 @@ def test_cache_follows_the_lengths_that_occur(monkeypatch):
     original = generation.KVCache.decode
 
     def recording(self, *args):
-        capacities.append(self.layers[0][0].shape[2])
+        capacities.append(self.layers[0][0].shape[1])
         return original(self, *args)
 
     monkeypatch.setattr(generation.KVCache, "decode", recording)
@@ -186,7 +166,8 @@ def test_cache_follows_the_lengths_that_occur(monkeypatch):
     monkeypatch.setattr(generation, "CACHE_BLOCK", 16)
     capacities.clear()
     list(generate(model, [Request([1, 2, 3], 0, 100)], ()))
-    assert capacities[0] == 16 and capacities[-1] <= 144 and len(set(capacities)) > 3
+    # It grows by a quarter and more, but not past the 3 + 100 - 1 slots that the request can need: 7 blocks.
+    assert capacities[0] == 16 and capacities[-1] == 112 and len(set(capacities)) > 3
 
 
 def test_bf16_model_samples():

@@ -63,6 +63,53 @@ def test_token_logps_from_bf16_are_those_of_an_fp32_evaluation():
     torch.testing.assert_close(grad_weight.float(), naive[2], atol=1e-5, rtol=2**-8)
 
 
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 5e-5), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize(
+    "tokens, vocabulary, width, chunk",
+    [(1, 1, 1, 1), (1, 7, 3, 4), (5, 17, 1, 2), (29, 33, 5, 29),
+     (30, 33, 5, 29), (67, 1025, 19, 13), (13, 40_009, 9, 6)],
+)
+def test_values_and_gradients_against_fp64(tokens, vocabulary, width, chunk, dtype, rtol):
+    """Sizes around the vectors of a kernel; one chunk full, one token more; some tokens ignored."""
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype)
+    weight = torch.randn(vocabulary, width, generator=generator).to(dtype)
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    labels[1::5] = -100
+    positions = (labels != -100).nonzero().squeeze(1)
+    ours = gradients(lambda *a: token_logps(*a, chunk_size=chunk, positions=positions), hidden, weight, labels)
+    exact = gradients(naive_token_logps, hidden.double(), weight.double(), labels)
+    assert (ours[0] - exact[0]).abs().max() <= 2e-6 * max(1, exact[0].abs().max())
+    for a, b in zip(ours[1:], exact[1:]):  # fp32: products over 40,009 words; bf16: rounded once, after the sum
+        assert a.dtype == dtype and (a - b).abs().max() <= rtol * max(1, b.abs().max())
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 15, 16, 17, 123, 1000, 40_009])
+@pytest.mark.parametrize("softmax", [torch.softmax, torch.log_softmax])
+def test_a_softmax_may_write_over_its_input(softmax, vocabulary):
+    """What token_logps builds on, and torch does not promise; rows that are not finite harm no other row."""
+    logits = torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(0)) * 30
+    logits[1], logits[3, -1], logits[5, 0], logits[7, -1] = -math.inf, math.inf, math.nan, -math.inf
+    expected = softmax(logits, -1)
+    assert torch.equal(expected.isnan(), softmax(logits.double(), -1).isnan())
+    written_over = softmax(logits, -1, out=logits)
+    assert written_over.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(written_over, expected, atol=0, rtol=0, equal_nan=True)
+
+
+def test_a_token_that_is_not_finite_spoils_no_other():
+    hidden, weight, labels = inputs()
+    clean = gradients(lambda *args: token_logps(*args, chunk_size=CHUNK), hidden, weight, labels)
+    for value in (math.nan, math.inf):
+        hidden[13, 0] = value
+        logps, grad_hidden, grad_weight = gradients(
+            lambda *args: token_logps(*args, chunk_size=CHUNK), hidden, weight, labels)
+        others = torch.arange(T) != 13
+        assert logps[13].isnan() and torch.equal(logps[others], clean[0][others])
+        assert torch.equal(grad_hidden[others], clean[1][others])
+        assert grad_weight.isnan().any()  # so that the update is skipped
+
+
 def test_large_logits_do_not_overflow():
     hidden, weight, labels = inputs()
     ours = gradients(lambda *args: token_logps(*args, chunk_size=CHUNK), hidden * 100, weight, labels)
@@ -143,6 +190,32 @@ def test_logits_of_all_tokens_are_never_in_memory():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         token_logps(hidden, weight, labels, chunk_size=chunk)
     assert max(saved) <= max(hidden.numel(), weight.numel())
+
+
+class TensorsOfSize(TorchDispatchMode):
+    """Counts the tensors of this many elements that operations make room for."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.made = elements, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out, kwargs = function(*args, **(kwargs or {})), kwargs or {}
+        given = {x.untyped_storage().data_ptr() for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)}
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.numel() == self.elements:
+                self.made += x.untyped_storage().data_ptr() not in given
+        return out
+
+
+def test_the_gradient_of_the_head_is_summed_in_place():
+    """On CUDA, tests/test_fake_cuda.py."""
+    hidden, weight, labels = inputs()
+    hidden.requires_grad_(), weight.requires_grad_()
+    with TensorsOfSize(V * C) as count:
+        loss = token_logps(hidden, weight, labels, chunk_size=CHUNK).sum()
+        torch.autograd.grad(loss, (hidden, weight))
+    assert count.made == 1  # the gradient: no product of a chunk beside it, no copy of the weight
 
 
 def test_ignored_tokens_are_not_projected():

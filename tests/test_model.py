@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from redi.attention import cached_attention, packed_attention
+from redi.attention import ATTENTION_OPS, cached_attention, packed_attention
 from redi.losses import token_logps
 from redi.model import CausalLM, ModelConfig, apply_rope, rope_frequencies
 from redi.pretrained import parse_config
@@ -138,12 +139,12 @@ def test_packed_attention_and_its_gradients_equal_the_naive_version(heads, kv_he
 def test_cached_attention_equals_the_last_row_of_packed_attention():
     generator = torch.Generator().manual_seed(0)
     lengths, slots, size = [3, 9, 1], 12, 8
-    keys, values = (torch.randn(3, 2, slots, size, generator=generator) for _ in range(2))
+    keys, values = (torch.randn(3, slots, 2, size, generator=generator) for _ in range(2))
     q = torch.randn(3, 6, size, generator=generator)
     out = cached_attention(q, keys, values, torch.tensor(lengths))
     for i, n in enumerate(lengths):
         whole_q = torch.cat([torch.zeros(n - 1, 6, size), q[i : i + 1]])
-        k, v = (x[i, :, :n].transpose(0, 1) for x in (keys, values))
+        k, v = (x[i, :n] for x in (keys, values))
         torch.testing.assert_close(out[i], naive_attention(whole_q, k, v)[-1], atol=2e-6, rtol=1e-5)
 
 
@@ -194,19 +195,35 @@ def test_a_token_does_not_see_what_follows_it():
     assert not torch.allclose(before[13:], after[13:], atol=1e-3)
 
 
+class CountAttention(TorchDispatchMode):
+    """How often each layer's attention is computed: one call a packed sequence."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func in ATTENTION_OPS
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_gradient_checkpointing_changes_nothing(family):
-    results = []
-    for checkpointing in (False, True):
+def test_what_is_computed_again_changes_no_bit(family):
+    results, sequences, layers = [], 4, 3
+    #       recompute, layers kept -> forward passes of the layers 0 to 2, attentions of a sequence
+    modes = {("nothing", 0): ([1, 1, 1], 3), ("all", 0): ([2, 2, 2], 6), ("all-but-attention", 0): ([2, 2, 2], 3),
+             ("all", 2): ([2, 1, 1], 4), ("all-but-attention", 1): ([2, 2, 1], 3), ("all", 3): ([1, 1, 1], 3)}
+    for (recompute, kept), (passes, attentions) in modes.items():
         model = make_model(**FAMILIES[family])
-        model.gradient_checkpointing = checkpointing
-        calls = []
-        model.model.layers[1].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
-        logps = model(**packed_inputs())
-        (logps**2).sum().backward()
-        assert len(calls) == (2 if checkpointing else 1)
+        model.recompute, model.keep_layers = recompute, kept
+        calls = [0] * layers
+        for i, layer in enumerate(model.model.layers):
+            layer.input_layernorm.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+        with CountAttention() as count:
+            logps = model(**packed_inputs())
+            (logps**2).sum().backward()
+        assert calls == passes and count.calls == attentions * sequences
         results.append([logps.detach(), *(p.grad for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
 def test_label_positions_given_or_found_are_the_same():

@@ -120,11 +120,15 @@ def test_more_ranks_share_the_work(folder):
     assert "is busy 100.0% of it" in one
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+MODES = [("nothing", 0), ("all", 0), ("all-but-attention", 0), ("all", 1), ("all-but-attention", 2), ("all", 9)]
+
+
+@pytest.mark.parametrize("recompute, keep_layers", MODES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_matrix_products_counted_by_torch(recompute, tied):
+def test_matrix_products_counted_by_torch(recompute, keep_layers, tied):
+    layers = 3
     config = parse_config({**tiny.QWEN2, "vocab_size": 123, "tie_word_embeddings": tied})
-    model = CausalLM(config, gradient_checkpointing=recompute)
+    model = CausalLM(config, recompute, keep_layers)
     tiny.randomize(model, 0)
     length, answer = 47, 30
     labels = torch.full((length,), -100)
@@ -133,8 +137,9 @@ def test_matrix_products_counted_by_torch(recompute, tied):
         cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
         model(torch.arange(length), torch.arange(length), cu_seqlens, length, labels).sum().backward()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    attention = 2 * 3 * 6 * 8 * length**2 * (4 if recompute else 3)  # layers, heads, head size
-    foretold = plan.training_flops(config, np.array([length]), np.array([answer]), recompute)[0]
+    one_layer = 2 * 6 * 8 * length**2  # heads, head size
+    attention = one_layer * (3 * layers + (max(0, layers - keep_layers) if recompute == "all" else 0))
+    foretold = plan.training_flops(config, np.array([length]), np.array([answer]), recompute, keep_layers)[0]
     head_gradient = 2 * 123 * 48 * answer  # accumulated by addmm_, which the counter does not know
     assert foretold - attention == counted + head_gradient
 
@@ -143,10 +148,10 @@ def test_arithmetic_of_the_papers_model():
     """Worked out by hand: 1310.2M + 233.4M parameters in products, 86,016 FLOPs a token and its context."""
     config = parse_config(QWEN_1_5B)
     size = np.array([5500.0])
-    per_token = plan.training_flops(config, size, 0 * size, recompute=False)[0] / 5500
+    per_token = plan.training_flops(config, size, 0 * size, "nothing")[0] / 5500
     assert per_token == pytest.approx(3 * (2 * 1310.2e6 + 86016 * 5500), rel=1e-4)
     head = (
-        plan.training_flops(config, size, size, False) - plan.training_flops(config, size, 0 * size, False)
+        plan.training_flops(config, size, size, "nothing") - plan.training_flops(config, size, 0 * size, "nothing")
     )[0]
     assert head / 5500 == pytest.approx(8 * 233.4e6, rel=2e-4)
     assert config.forward_flops(size, size)[0] / 5500 == pytest.approx(
@@ -156,7 +161,7 @@ def test_arithmetic_of_the_papers_model():
 
 def test_memory_of_the_papers_model_adds_up():
     config = parse_config(QWEN_1_5B)
-    one, eight = (plan.peak_memory(config, 40960, ranks, 2, recompute=True) for ranks in (1, 8))
+    one, eight = (plan.peak_memory(config, 40960, ranks, 2, "all") for ranks in (1, 8))
     sharded = ["master weights (fp32)", "gradients (fp32)", "AdamW moments (fp32)"]
     # 16 bytes of each of 1543.7M parameters
     assert sum(one["loss"][name] for name in sharded) == pytest.approx(16 * 1543.7e6, rel=1e-4)
@@ -164,27 +169,30 @@ def test_memory_of_the_papers_model_adds_up():
         for name in one[moment]:
             shares = 8 if name in sharded else 1
             assert one[moment][name] == pytest.approx(shares * eight[moment][name])
-    kept = plan.peak_memory(config, 40960, 8, 2, recompute=False)
+    kept = plan.peak_memory(config, 40960, 8, 2, "nothing")
     assert kept["loss"]["kept activations"] > 20 * eight["loss"]["kept activations"]
     # Logits of at most 2048 tokens are there, whatever the response's length.
-    assert plan.peak_memory(config, 4096, 8, 2, True)["loss"]["logits chunk"] == eight["loss"]["logits chunk"]
+    assert plan.peak_memory(config, 4096, 8, 2, "all")["loss"]["logits chunk"] == eight["loss"]["logits chunk"]
 
 
 @pytest.mark.parametrize(
-    "model_type, layers, vocab_size, tokens, recompute",
+    "model_type, layers, vocab_size, tokens, recompute, keep_layers",
     [
-        ("qwen2", 5, 1000, 1000, True),
-        ("qwen2", 5, 1000, 1000, False),
-        ("qwen3", 5, 1000, 1000, False),
-        ("qwen2", 1, 10000, 6710, True),  # two full chunks of logits
+        ("qwen2", 5, 1000, 1000, "all", 0),
+        ("qwen2", 5, 1000, 1000, "all-but-attention", 0),
+        ("qwen2", 5, 1000, 1000, "nothing", 0),
+        ("qwen3", 5, 1000, 1000, "nothing", 0),
+        ("qwen2", 5, 1000, 1000, "all", 2),
+        ("qwen2", 5, 1000, 1000, "all-but-attention", 3),
+        ("qwen2", 1, 10000, 6710, "all", 0),  # two full chunks of logits
     ],
 )
-def test_memory_of_the_model_against_torchs_count(model_type, layers, vocab_size, tokens, recompute):
+def test_memory_of_the_model_against_torchs_count(model_type, layers, vocab_size, tokens, recompute, keep_layers):
     """Forward and backward without FSDP and AdamW, whose tensors are left out of the plan; in fp32 on a CPU."""
     shape = {**tiny.QWEN2, "hidden_size": 128, "intermediate_size": 704, "num_attention_heads": 4, "head_dim": 32}
     changes = {"model_type": model_type, "num_hidden_layers": layers, "vocab_size": vocab_size}
     config = parse_config({**shape, **changes})
-    model = CausalLM(config, gradient_checkpointing=recompute)
+    model = CausalLM(config, recompute, keep_layers)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     ids, cu_seqlens = torch.zeros(tokens, dtype=torch.int64), torch.tensor([0, 600, tokens], dtype=torch.int32)
@@ -193,7 +201,7 @@ def test_memory_of_the_model_against_torchs_count(model_type, layers, vocab_size
     with tracker:
         model(ids, ids, cu_seqlens, tokens - 600, ids).sum().backward()
     counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    foreseen = plan.peak_memory(config, tokens, ranks=1, itemsize=4, recompute=recompute, on_gpu=False)
+    foreseen = plan.peak_memory(config, tokens, 1, 4, recompute, keep_layers, on_gpu=False)
     for column in foreseen.values():
         del column["AdamW moments (fp32)"]
         assert column.get("gathered weights", 0) == column.get("gradients of one layer and the head", 0) == 0
@@ -219,17 +227,34 @@ def test_what_does_not_fit_is_named_with_what_would(folder):
     assert verdict("--memory-gib", "20").startswith("does not fit: ")
     assert "weights, gradients and moments alone take " in verdict("--memory-gib", "20")
     assert verdict("--memory-gib", "80", "--world-size", "8").startswith("fits: ")
-    text = verdict("--memory-gib", "6", "--world-size", "8", "--no-gradient-checkpointing")
-    limit = figure(text, r"--micro-batch-tokens (\d+) would$")
-    assert verdict(
-        "--memory-gib",
-        "6",
-        "--world-size",
-        "8",
-        "--no-gradient-checkpointing",
-        "--micro-batch-tokens",
-        limit,
-    ).startswith("fits: ")
+    small = ["--memory-gib", "5.3", "--world-size", "8", "--recompute", "nothing"]
+    limit = figure(verdict(*small), r"--micro-batch-tokens (\d+) would$")
+    assert verdict(*small, "--micro-batch-tokens", limit).startswith("fits: ")
+
+
+def test_the_fastest_setting_that_fits_is_named(folder):
+    """Against every setting by itself: what the plan says of its memory and its arithmetic when it is asked for."""
+
+    def plan_of(*more: str) -> str:
+        return planned(folder, "redi", "--model", "model", "--data", "pairs.jsonl", "--world-size", "1", *more)
+
+    every = {}
+    for name, layers in [("nothing", 0), *((name, n) for name in ("all", "all-but-attention") for n in range(3))]:
+        flags = "--recompute", name, "--keep-layers", str(layers)
+        text = plan_of(*flags, "--memory-gib", "0.001")  # where nothing fits
+        assert "fastest         no --recompute fits into 90% of 0.001 GiB with these micro-batches\n" in text
+        config = parse_config(json.loads((folder / "model" / "config.json").read_text()))
+        table = plan.peak_memory(config, int(figure(text, r"fullest ([\d,]+) tokens")), 1, 2, name, layers)
+        every[flags] = plan.peak(table), float(figure(text, r"arithmetic +(\S+) FLOPs"))
+    named = set()
+    memories = {plan.peak(plan.peak_memory(config, 2000, 1, 2, "nothing"))} | {gib / 0.899 for gib, _ in every.values()}
+    for memory in memories:
+        text = plan_of("--memory-gib", str(memory))
+        flags = re.search(r"fastest +of what fits .*: (--recompute \S+ --keep-layers \d) ", text).group(1)
+        fitting = {" ".join(flags): flops for flags, (gib, flops) in every.items() if gib <= 0.9 * memory}
+        assert fitting[flags] == min(fitting.values())
+        named.add(flags)
+    assert "--recompute nothing --keep-layers 0" in named and len(named) >= 5
 
 
 @pytest.mark.parametrize(
@@ -302,18 +327,19 @@ def test_times_are_told_in_the_largest_unit_of_which_there_is_one(seconds, words
 
 def test_the_micro_batch_that_would_fit_is_the_largest_one(folder):
     """Of one token more or less; every size is tried."""
-    settings = ["redi", "--model", "model", "--data", "pairs.jsonl", "--world-size", "1", "--no-gradient-checkpointing"]
+    settings = ["redi", "--model", "model", "--data", "pairs.jsonl", "--world-size", "1", "--recompute", "nothing"]
     text = planned(folder, *settings, "--memory-gib", "0.008")
     limit = int(figure(text, r"--micro-batch-tokens (\d+) would$"))
     config = parse_config(json.loads((folder / "model" / "config.json").read_text()))
 
     def gib(tokens: int) -> float:
-        return max(sum(column.values()) for column in plan.peak_memory(config, tokens, 1, 2, False).values()) / 2**30
+        return plan.peak(plan.peak_memory(config, tokens, 1, 2, "nothing"))
 
     assert gib(limit) <= 0.008 < gib(limit + 1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="peak memory can be foretold only for a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="peak memory can be foretold only for a GPU: pytest -m gpu")
 def test_peak_memory_within_15_percent_on_a_gpu(folder):
     sized = {**QWEN_1_5B, "num_hidden_layers": 8, "max_position_embeddings": 512}
     tiny.write_model(folder / "large", **{key: sized[key] for key in sized if key != "model_type"})

@@ -248,7 +248,7 @@ def test_negatives_help_on_a_seed_of_ones_own(seed, tmp_path):
 
     train.main(["redi", "--alpha", "1", "--lr", "3e-4", "--steps", "150", "--batch-size", "16", "--model",
                 str(tmp_path / "sft/final"), "--data", str(tmp_path / "data/pairs.jsonl"), "--output",
-                str(tmp_path / "symmetric"), "--seed", str(seed), "--no-gradient-checkpointing"])  # fmt: skip
+                str(tmp_path / "symmetric"), "--seed", str(seed), "--recompute", "nothing"])  # fmt: skip
     for run, collapses in (("redi", False), ("symmetric", True)):
         history, rows = monitor.new_history(), toy.read_rows(tmp_path / run / "metrics.jsonl")
         assert any([monitor.watch(history, row, 1.5) for row in rows]) == collapses, run

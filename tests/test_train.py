@@ -230,8 +230,9 @@ def test_micro_batches_do_not_change_the_losses(place, two, tmp_path):
             torch.testing.assert_close(column(run, "loss"), one, atol=5e-6, rtol=0)
 
 
-def test_gradient_checkpointing_does_not_change_the_run(place, tmp_path):
-    train.main(arguments(place, "redi", tmp_path / "run", no_gradient_checkpointing=True))
+@pytest.mark.parametrize("changes", [{"recompute": "all"}, {"recompute": "nothing"}, {"keep_layers": 1}], ids=str)
+def test_what_is_computed_again_does_not_change_the_run(place, tmp_path, changes):
+    train.main(arguments(place, "redi", tmp_path / "run", **changes))
     assert same_run(place / "one" / "redi", tmp_path / "run")
 
 
@@ -511,7 +512,7 @@ def test_a_run_of_the_first_version_goes_on(place, held_out, tmp_path):
     run = tmp_path / "run"
     cut_back(place / "one" / "dpo", run, step=4)
     record = json.loads((run / "run.json").read_text())
-    record["settings"] |= {"alpha": "0.8", "gamma": "1.0", "loss_on_prompt": "False"}
+    record["settings"] |= {"alpha": "0.8", "gamma": "1.0", "loss_on_prompt": "False", "gradient_checkpointing": "True"}
     for key in ("label_smoothing", "append_end_of_text", "weight_decay"):  # as if these had come later
         del record["settings"][key]
     (run / "run.json").write_text(json.dumps(record, indent=2))

@@ -1,11 +1,13 @@
 """Training and sampling at the full shape of Qwen2.5-Math-1.5B with random weights, on one GPU.
 
-    python tests/bench/gpu.py                      everything below, one after the other
-    python tests/bench/gpu.py redi longest         some of it: backends sft redi dpo simpo longest sampling
-    python tests/bench/gpu.py redi --train-flags="--compile --micro-batch-tokens 20480"
-    python tests/bench/gpu.py --dry-run            the same code with a tiny shape; runs on a CPU
+    python tests/bench/gpu.py                          everything below, one after the other
+    python tests/bench/gpu.py --parts redi longest     some of it, by the names in PARTS
+    python tests/bench/gpu.py --parts redi --train-flags="--compile --micro-batch-tokens 20480"
+    python tests/bench/gpu.py --dry-run                the same code with a tiny shape; runs on a CPU
 
-Training runs train.py itself on random pairs and reads its metrics.jsonl; nothing is downloaded.
+Training runs train.py itself on random pairs and reads its metrics.jsonl; nothing is downloaded. Beside sft, redi and
+longest, on the same lengths, the step that one would write with transformers (installed by tests/requirements.txt):
+see `plain_step`. Beside each sampling, transformers.generate.
 
 Model FLOPs utilisation = model FLOPs / seconds / peak. Model FLOPs of a step, recomputation not counted, are
 6 x (parameters of the layers' matrix products x tokens + those of the head x labels), plus causal attention:
@@ -13,21 +15,26 @@ Model FLOPs utilisation = model FLOPs / seconds / peak. Model FLOPs of a step, r
 forward, backward, clipping, AdamW and the log.
 
 Sampling is compared with the bandwidth limit of one decoding step: (bytes of the weights + bytes of all keys
-and values cached) / peak bandwidth.
+and values cached) / peak bandwidth. Timed is decoding alone: n + 2 tokens a row less 2, since with the first two come
+the prompts, the cache's growth and the capture of the graph.
 """
 
 import argparse
+import gc
+import importlib.util
 import json
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -37,14 +44,15 @@ from training import write_model_directory, write_rows  # noqa: E402
 import train  # noqa: E402
 from redi.attention import cached_attention, packed_attention  # noqa: E402
 from redi.data import step_rows  # noqa: E402
-from redi.generation import Request, generate  # noqa: E402
+from redi.generation import CACHE_BLOCK, Request, generate  # noqa: E402
 from redi.losses import token_logps  # noqa: E402
 from redi.pretrained import load_config, load_pretrained  # noqa: E402
 from redi.sampling import sample_key  # noqa: E402
 from redi.tokenizer import Tokenizer  # noqa: E402
 
 METHODS = ["sft", "redi", "dpo", "simpo"]
-PARTS = ["backends", *METHODS, "longest", "sampling"]
+SAMPLING = {"sampling-64": 64, "sampling-256": 256}  # rows
+PARTS = ["backends", *METHODS, "longest", *SAMPLING]  # each within 8 minutes, by estimate: none was run on a GPU yet
 QWEN_MATH_1_5B = {
     "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
     "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 32_768,
@@ -65,7 +73,8 @@ PEAKS = {
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS) + " (default: all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
+                        help=", ".join(PARTS) + " (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="a tiny shape and short rows, on a CPU too")
     parser.add_argument("--pairs", type=int, default=32, help="per optimiser step (sft: their 64 responses)")
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps; the first one is not counted")
@@ -73,28 +82,27 @@ def main() -> None:
     parser.add_argument("--peak-bandwidth", type=float, help="its bytes/s")
     parser.add_argument("--train-flags", type=shlex.split, default=[], help="more flags for train.py")
     args = parser.parse_args()
-    parts = args.parts or PARTS
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"unknown part {sorted(unknown)[0]}; expected some of {', '.join(PARTS)}")
     if not torch.cuda.is_available() and not args.dry_run:
         parser.error("no GPU is visible to torch; --dry-run checks this script on a CPU with a tiny shape")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     known = next((peaks for part, peaks in PEAKS.items() if part in name), (None, None))
+    args.device = device
     args.peak_flops, args.peak_bandwidth = args.peak_flops or known[0], args.peak_bandwidth or known[1]
     print(f"{name}, torch {torch.__version__}{', DRY RUN: these figures mean nothing' if args.dry_run else ''}")
-    if "backends" in parts:
+    if "backends" in args.parts:
         compare_backends(device)
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
         write_model_directory(directory / "model", TINY if args.dry_run else QWEN_MATH_1_5B, torch.bfloat16)
         for method in METHODS:
-            if method in parts:
+            if method in args.parts:
                 measure_training(directory, method, args)
-        if "longest" in parts:
+        if "longest" in args.parts:
             measure_longest(directory, args)
-        if "sampling" in parts:
-            measure_sampling(directory / "model", device, args)
+        for part, rows in SAMPLING.items():
+            if part in args.parts:
+                measure_sampling(directory / "model", rows // 16 if args.dry_run else rows, args)
 
 
 @torch.no_grad()
@@ -114,8 +122,8 @@ def compare_backends(device: str) -> None:
             out = packed_attention(*inputs, bounds.to(device), 513)
             return out, *torch.autograd.grad(out, inputs, upstream.to(device, dtype))
 
-    cached = random(5, 12, 128), random(5, 2, 700, 128), random(5, 2, 700, 128)
-    lengths = torch.tensor([1, 2, 300, 699, 700])
+    cached = random(5, 12, 128), random(5, 700, 2, 128), random(5, 700, 2, 128)
+    lengths = torch.tensor([1, 2, 300, 699, 700], dtype=torch.int32)
 
     def decoding(device, dtype):
         return (cached_attention(*(x.to(device, dtype) for x in cached), lengths.to(device)),)
@@ -176,61 +184,143 @@ def run_training(directory: Path, method: str, lengths: np.ndarray, prompts, pai
     dataset = train.load_data(train_args, train_args.data, Tokenizer.from_pretrained(directory / "model"),
                               model_config.max_position_embeddings)
     assert len(dataset) == lengths.size // dataset.sequences_per_example, "rows were left out"
-    flops = []
-    for row in metrics:
-        _, rows = step_rows(len(dataset), train_args.batch_size, train_args.seed, row["step"] - 1)
-        lengths, labels = dataset.input_lengths[rows], dataset.label_counts[rows]
-        flops.append(3 * model_config.forward_flops(lengths, labels).sum())
-    rate = median(row["tokens"] / row["seconds"] for row in metrics)
-    achieved = median(amount / row["seconds"] for amount, row in zip(flops, metrics))
-    peak = args.peak_flops
-    share = f"{achieved / peak:.1%} of {peak / 1e12:.0f}" if peak else "no known peak"
-    return (
-        f"{method}: {rate:,.0f} tokens/s, {median(row['seconds'] for row in metrics):.2f} s a step of "
-        f"{median(row['tokens'] for row in metrics):,.0f} tokens, {dataset.input_lengths.mean():,.0f} a sequence, "
-        f"{achieved / 1e12:.1f} model TFLOP/s ({share}), peak memory {metrics[-1]['peak_memory_gib']:.1f} GiB"
-    )
+    batches = []  # of each step but the first: its sequences' tokens and labels
+    for step in range(1, args.steps):
+        _, rows = step_rows(len(dataset), train_args.batch_size, train_args.seed, step)
+        batches.append((dataset.input_lengths[rows].ravel(), dataset.label_counts[rows].ravel()))
+    flops = [3 * model_config.forward_flops(*batch).sum() for batch in batches]
+
+    def words(seconds: list[float], peak_memory: float) -> str:
+        tokens = [lengths.sum() for lengths, _ in batches]
+        rate = median(count / each for count, each in zip(tokens, seconds))
+        achieved = median(amount / each for amount, each in zip(flops, seconds))
+        peak = args.peak_flops
+        share = f"{achieved / peak:.1%} of {peak / 1e12:.0f}" if peak else "no known peak"
+        return (f"{rate:,.0f} tokens/s, {median(seconds):.2f} s a step of {median(tokens):,.0f} tokens, "
+                f"{dataset.input_lengths.mean():,.0f} a sequence, {achieved / 1e12:.1f} model TFLOP/s ({share}), "
+                f"peak memory {peak_memory:.1f} GiB")
+
+    ours = [row["seconds"] for row in metrics]
+    text = f"{method}: {words(ours, metrics[-1]['peak_memory_gib'])}"
+    if method not in ("sft", "redi"):
+        return text
+    try:
+        theirs, peak_memory = plain_steps(directory / "model", batches, args.device)
+    except (ImportError, torch.OutOfMemoryError) as error:
+        return f"{text}\n    plain transformers: {type(error).__name__}: {error}"
+    return (f"{text}\n    plain transformers: {words(theirs, peak_memory)}\n    ours / plain, steps in order: "
+            + " ".join(f"{b / a:.2f}" for a, b in zip(ours, theirs)) + " times as fast")
 
 
-def measure_sampling(directory: Path, device: str, args) -> None:
-    """Time of decoding alone: of 257 new tokens a row, less that of 1, which is the prompts' share."""
-    model = load_pretrained(directory, device=device, dtype=torch.bfloat16)
+def load_plain(directory: Path, device: str, dtype: torch.dtype):
+    """transformers' own model, with FlashAttention 2 where it is installed, else SDPA."""
+    import transformers
+
+    flash = device == "cuda" and importlib.util.find_spec("flash_attn")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation="flash_attention_2" if flash else "sdpa").to(device)
+
+
+def plain_steps(directory: Path, batches, device: str) -> tuple[list[float], float]:
+    """Seconds of each step after one that is not counted, and the peak memory in GiB."""
+    model = load_plain(directory, device, torch.float32)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=1e-4, fused=True)
+    seconds = []
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for lengths, labels in batches[:1] + batches:
+        synchronize(device)
+        started = time.perf_counter()
+        plain_step(model, optimizer, lengths.tolist(), labels.tolist())
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    peak_memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+    del model, optimizer
+    release(device)
+    return seconds[1:], peak_memory
+
+
+def plain_step(model, optimizer, lengths: list[int], labels: list[int]) -> None:
+    """Sequence by sequence, so without padding and with the logits of one alone, which is more than most code does:
+    bf16 autocast over fp32 weights, logits of the completion only, in fp32, and as loss the mean log-prob. (The
+    weights of chosen and rejected responses change no time.)"""
+    device = model.device
+    for length, count in zip(lengths, labels):
+        ids = torch.randint(3, model.config.vocab_size, (1, length + 1), device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(input_ids=ids[:, :-1], logits_to_keep=count).logits[0]
+        (F.cross_entropy(logits.float(), ids[0, -count:]) / len(lengths)).backward()
+        del logits
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def measure_sampling(directory: Path, rows: int, args) -> None:
+    """Tokens a second of decoding: even rows, and uneven ones whose mean is half of the longest."""
+    model = load_pretrained(directory, device=args.device, dtype=torch.bfloat16)
+    try:
+        plain = load_plain(directory, args.device, torch.bfloat16)
+    except ImportError as error:
+        plain = print(f"nothing beside ours: {error}")
     config, scale = model.config, 100 if args.dry_run else 1
     weight_bytes = 2 * sum(p.numel() for p in model.parameters())
     token_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    new_tokens = 256 // scale + 2
-    for rows in (4, 8) if args.dry_run else (64, 256):
-        for contexts in ([2048], [16_128], [2048 + 2011 * i for i in range(8)]):
-            contexts = [context // scale for context in contexts]
-            lengths = [contexts[i * len(contexts) // rows] for i in range(rows)]  # neighbours share a prompt
-            try:
-                decode(model, lengths, 3)  # memory reserved, kernels chosen
-                seconds = decode(model, lengths, 1 + new_tokens) - decode(model, lengths, 1)
-            except torch.OutOfMemoryError:
-                print(f"sampling, {rows} rows of {min(contexts)} to {max(contexts)} tokens: out of memory")
+    for contexts in ([1700], [7900], [16_000], [2000 * i for i in range(1, 9)]):
+        new_tokens = 256
+        assert max(contexts) // CACHE_BLOCK == (max(contexts) + new_tokens + 1) // CACHE_BLOCK, "the cache would grow"
+        contexts, new_tokens = [context // scale for context in contexts], new_tokens // scale
+        lengths = sorted(contexts * -(-rows // len(contexts)))[:rows]  # neighbours share a prompt
+        name = f"sampling, {rows} rows of {min(contexts)} to {max(contexts)} tokens"
+        step_bytes = weight_bytes + (sum(lengths) + rows * (2 + new_tokens / 2)) * token_bytes
+        for who, run in {"ours": partial(decode, model), "generate": plain and partial(decode_plain, plain)}.items():
+            if run is None:
                 continue
-            step_bytes = weight_bytes + (sum(lengths) + rows * new_tokens / 2) * token_bytes
-            reached = new_tokens * step_bytes / seconds
-            share = f" ({reached / args.peak_bandwidth:.1%} of the limit)" if args.peak_bandwidth else ""
-            print(
-                f"sampling, {rows} rows of {min(contexts)} to {max(contexts)} tokens: "
-                f"{rows * new_tokens / seconds:,.0f} tokens/s, {reached / 1e9:,.1f} GB/s{share}"
-            )
+            try:
+                run(lengths, 3)  # kernels chosen, memory of the allocator reserved
+                seconds = run(lengths, new_tokens + 2) - run(lengths, 2)
+            except torch.OutOfMemoryError:
+                print(f"{name}, {who}: out of memory")
+            else:
+                reached = new_tokens * step_bytes / seconds
+                share = f" ({reached / args.peak_bandwidth:.1%} of the limit)" if args.peak_bandwidth else ""
+                print(f"{name}, {who}: {rows * new_tokens / seconds:,.0f} tokens/s, {reached / 1e9:,.1f} GB/s{share}")
+            release(args.device)
 
 
 def decode(model, lengths: list[int], new_tokens: int) -> float:
     """Seconds for new_tokens after each of the prompts of these lengths; no token ends a response."""
     requests = [Request([7] * n, sample_key(0, "problem", i), new_tokens) for i, n in enumerate(lengths)]
-    synchronize(model)
+    synchronize(model.head_weight.device.type)
     started = time.perf_counter()
     for _ in generate(model, requests, stop_ids=[], rows=len(requests)):
         pass
-    synchronize(model)
+    synchronize(model.head_weight.device.type)
     return time.perf_counter() - started
 
 
-def synchronize(model) -> None:
-    if model.head_weight.is_cuda:
+def decode_plain(model, lengths: list[int], new_tokens: int) -> float:
+    """The same with transformers.generate, whose prompts are padded on the left."""
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    mask = mask.long().to(model.device)
+    synchronize(model.device.type)
+    started = time.perf_counter()
+    model.generate(7 * mask, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0,
+                   do_sample=True, temperature=0.6, top_p=0.95, top_k=0)
+    synchronize(model.device.type)
+    return time.perf_counter() - started
+
+
+def release(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
         torch.cuda.synchronize()
 
 

@@ -132,7 +132,7 @@ def measure(place: Path, args, seconds: dict) -> dict[str, list[float]]:
     words = ["redi", "--model", place / "model", "--data", place / "pairs.jsonl", "--output", place / "out",
              "--lr", "1e-5", "--batch-size", args.pairs,
              "--steps", 5 + 2 * args.rounds, "--save-every", 5 + 2 * args.rounds,
-             "--no-gradient-checkpointing", "--micro-batch-tokens", 2 * args.tokens, "--max-tokens", 4096]
+             "--recompute", "nothing", "--micro-batch-tokens", 2 * args.tokens, "--max-tokens", 4096]
     with mock.patch.object(train, "set_lr", step_begins), mock.patch.object(checkpoint, "file_digest", timed_digest):
         try:
             train.main(list(map(str, words)))

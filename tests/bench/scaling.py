@@ -1,6 +1,7 @@
 """How the cost of one micro-batch grows: CPU seconds with its packed tokens, peak memory with the vocabulary.
 
-    python tests/bench/scaling.py            one thread; needs the project's own packages only
+    python tests/bench/scaling.py                one thread; needs the project's own packages only
+    python tests/bench/scaling.py --recompute    one sequence of 8,000 tokens: what each --recompute of train.py costs
 """
 
 import argparse
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from redi.losses import token_logps  # noqa: E402
-from redi.model import CausalLM  # noqa: E402
+from redi.model import RECOMPUTE, CausalLM  # noqa: E402
 from redi.pretrained import parse_config  # noqa: E402
 
 SHAPE = {
@@ -26,6 +27,7 @@ SHAPE = {
     "max_position_embeddings": 32_768, "tie_word_embeddings": True,
 }  # fmt: skip
 SEQUENCE = 512  # tokens; longer micro-batches hold more sequences, not longer ones
+LONG = 8_000  # tokens of the sequence that --recompute measures
 LABELS, WIDTH = 8192, 64  # of the head whose memory is measured
 CHUNK = 2048  # the default of token_logps
 
@@ -35,11 +37,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--largest", type=int, default=16_384, help="tokens of the largest micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--recompute", action="store_true", help="CPU seconds and peak memory of each way to recompute")
+    parser.add_argument("--one", choices=list(RECOMPUTE), help=argparse.SUPPRESS)
     parser.add_argument("--head", type=int, metavar="VOCABULARY", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.head:
         return print(head_growth(args.head))
+    if args.one:
+        return print(*long_sequence(args.one, args.repeats))
+    if args.recompute:
+        return measure_recompute(args.repeats)
     measure_memory()  # first: a child's peak counts what its parent held when it was started
     measure_time(args)
 
@@ -61,13 +69,28 @@ def measure_time(args) -> None:
           f"{np.abs(rest / medians).max():.1%}")
 
 
-def step(model: CausalLM, tokens: int) -> float:
-    """CPU seconds of forward and backward."""
+def measure_recompute(repeats: int) -> None:
+    for recompute in RECOMPUTE:
+        command = [sys.executable, __file__, "--one", recompute, "--repeats", str(repeats)]
+        seconds, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        print(f"{LONG} tokens, --recompute {recompute:18} {float(seconds):6.2f} CPU s, peak {float(peak):5.0f} MB")
+
+
+def long_sequence(recompute: str, repeats: int) -> tuple[float, float]:
+    """CPU seconds of forward and backward over one sequence of LONG tokens, their median, and the peak in MB."""
+    model = CausalLM(parse_config(SHAPE), recompute)
+    model.init_weights(seed=0)
+    step(model, SEQUENCE)
+    return median(step(model, LONG, LONG) for _ in range(repeats)), peak_mb()
+
+
+def step(model: CausalLM, tokens: int, length: int = SEQUENCE) -> float:
+    """CPU seconds of forward and backward over sequences of `length` tokens."""
     ids = torch.arange(tokens) % SHAPE["vocab_size"]
-    positions = torch.arange(tokens) % SEQUENCE
-    bounds = torch.arange(0, tokens + 1, SEQUENCE, dtype=torch.int32)
+    positions = torch.arange(tokens) % length
+    bounds = torch.arange(0, tokens + 1, length, dtype=torch.int32)
     started = cpu_seconds()
-    model(ids, positions, bounds, SEQUENCE, ids).sum().backward()
+    model(ids, positions, bounds, length, ids).sum().backward()
     model.zero_grad()
     return cpu_seconds() - started
 

@@ -232,7 +232,7 @@ def run_ours(directory: Path, args) -> None:
     train.main([
         method, "--model", str(directory / "model"), "--data", str(data_file(directory, method)),
         "--output", str(output), "--batch-size", str(BATCH_SIZE.get(method, 8)), "--lr", "1e-6",
-        "--steps", str(args.warmup + args.steps), "--no-gradient-checkpointing", "--save-every", "0",
+        "--steps", str(args.warmup + args.steps), "--recompute", "nothing", "--save-every", "0",
     ])
 
 

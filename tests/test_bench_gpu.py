@@ -1,0 +1,30 @@
+"""The benchmark for GPUs runs at a tiny size on a CPU, so that whoever has a GPU for an hour does not debug it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def bench(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "gpu.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_dry_run_prints_ours_beside_what_one_would_write_with_transformers():
+    pytest.importorskip("transformers", reason="what the benchmark compares with: tests/requirements.txt")
+    done = bench("--dry-run", "--pairs", "2", "--steps", "2", "--parts", "backends", "redi", "sampling-64")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("are within") == 3
+    assert "redi: " in done.stdout and "plain transformers: " in done.stdout and "times as fast" in done.stdout
+    for who in ("ours", "generate"):
+        assert done.stdout.count(f", {who}: ") == 4  # three lengths of prompts, and uneven ones
+    assert "out of memory" not in done.stdout and "sft" not in done.stdout and "8 rows" not in done.stdout
+
+
+def test_without_a_gpu_only_the_dry_run_is_taken():
+    done = bench("--parts", "redi")
+    assert done.returncode == 2 and "no GPU is visible to torch; --dry-run checks this script" in done.stderr
