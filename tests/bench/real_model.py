@@ -38,7 +38,7 @@ METHODS = {  # name: title, arguments of train.py, colour (Okabe and Ito's) and 
     "symmetric": ("symmetric, α 1", ["redi", "--alpha", "1"], "#D55E00", "--"),
     "dpo": ("DPO, β 0.1", ["dpo", "--beta", "0.1"], "#009E73", "-."),
 }
-MAY_CHANGE = ("output", "rates", "methods", "seeds", "samples", "threads", "keep_models", "part", "table")
+MAY_CHANGE = ("output", "rates", "methods", "seeds", "problems", "samples", "threads", "keep_models", "part", "table")
 LOGPS = {"eval_chosen_logp": "chosen", "eval_rejected_logp": "rejected"}
 
 
@@ -193,7 +193,13 @@ def evaluate(args, model, output: Path, seed: int) -> None:
 
 
 def is_evaluated(args, output: Path) -> bool:
-    return len(read_samples(args, output)) == args.problems * args.samples
+    done = read_samples(args, output)
+    return all((id, sample) in done for id in problem_ids(args) for sample in range(args.samples))
+
+
+def problem_ids(args) -> list[str]:
+    """Of the held-out problems that every model is sampled on."""
+    return [row["id"] for _, row in read_jsonl(args.output / "data/problems.jsonl")][: args.problems]
 
 
 def read_samples(args, output: Path) -> dict[tuple[str, int], dict]:
@@ -240,7 +246,7 @@ def read_if_there(path: Path) -> dict:
 
 def summarise(args) -> dict:
     """What each model does on the held-out problems (--part of them), over the seeds that are done so far."""
-    ids = [row["id"] for _, row in read_jsonl(args.output / "data/problems.jsonl")][: args.problems]
+    ids = problem_ids(args)
     middle = len(ids) // 2
     ids = {"all": ids, "first half": ids[:middle], "second half": ids[middle:]}[args.part]
     runs = {("as it came", None): dict.fromkeys(args.seeds, args.output / "untrained"),
