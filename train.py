@@ -268,7 +268,7 @@ def add_flags(parser: Parser, method: Method) -> None:
     add("--recompute", choices=list(RECOMPUTE), default="all-but-attention",
         help="what a layer computes again in backward instead of keeping it in memory")
     add("--keep-layers", type=count, default=0, help="the last layers, so many, recompute nothing")
-    add("--compile", action="store_true", help="torch.compile the layers")
+    add("--compile", action="store_true", help="torch.compile the layers; for GPUs")
     add("--save-every", type=count, default=200, help="steps between checkpoints; 0 for none")
     add("--keep-checkpoints", type=count, default=2, help="how many to keep; 0 for all")
     add("--tensorboard", action="store_true", help="write event files too, under OUTPUT/tensorboard")

@@ -178,7 +178,7 @@ def train(args, kind: str, output: Path, seed: int, method: list[str], start, st
     run(args, kind, output, "train.py", *method, "--model", start, "--data", rows, "--output", output, "--steps", steps,
         "--lr", f"{rate:g}", "--batch-size", size, "--seed", seed, "--eval-data", held_out, "--eval-every",
         args.eval_every, "--max-tokens", args.max_prompt_tokens + args.max_response_tokens, "--micro-batch-tokens",
-        args.micro_batch_tokens, "--no-gradient-checkpointing", "--save-every", 0, "--dtype", "float32",
+        args.micro_batch_tokens, "--recompute", "nothing", "--save-every", 0, "--dtype", "float32",
         "--resume")  # fmt: skip
 
 

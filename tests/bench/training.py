@@ -2,7 +2,7 @@
 
     python tests/bench/training.py sft dpo simpo redi         one table row a method (redi beside TRL's SimPO)
     python tests/bench/training.py simpo --shape wide-vocabulary
-    python tests/bench/training.py sft dpo --new-rows --steps 60    for peak memory: allocators and caches fill up slowly
+    python tests/bench/training.py sft dpo --new-rows --steps 60    peak memory, once allocators and caches are full
 
 Needs the packages of tests/requirements.txt. Each method runs two processes, one with train.py's own loop and
 one with TRL's trainer, that take optimiser steps in turn, so that both see the same state of a shared machine.
