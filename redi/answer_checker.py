@@ -265,6 +265,8 @@ def multiply(*factors):
         for factor in factors:
             require(factor.is_Rational or symbols(factor) or Point(Budget()).value(factor) is not None, "never")
         return number(0)
+    if all(factor.is_Rational for factor in factors):
+        return math.prod(factors)
     return build("Mul", *factors)
 
 
@@ -292,7 +294,9 @@ def power(base, exponent, budget):
 
 def exact_root(n, degree):
     """The integer of which n is the power, or None; negative for negative n and odd degrees."""
-    if degree > 1 and (n < 0 and degree % 2 == 0 or n.bit_length() > 2000 or degree > 1000):
+    if degree == 1:
+        return n
+    if n < 0 and degree % 2 == 0 or n.bit_length() > 2000 or degree > 1000:
         return None
     root, exact = build("integer_nthroot", abs(n), degree)
     return int(-root if n < 0 else root) if exact else None
@@ -422,7 +426,9 @@ class Parser:
     def sum(self):
         terms = []
         while True:
-            signs = list(iter(lambda: self.accept("+", "-"), None))
+            signs = []
+            while sign := self.accept("+", "-"):
+                signs.append(sign)
             require(len(signs) <= 2, "too many signs")
             if terms and not signs:
                 return terms[0] if len(terms) == 1 else add(*map(scalar, terms))
@@ -628,7 +634,8 @@ class Point:
         require(name != "i" or not self.real, "a complex value")
         if name in FIXED:
             return engine()["fixed"][name][self.readings.get(name, 0)]
-        n = int(hashlib.blake2b(("%s %d" % (name, self.trial)).encode("utf-8", "replace")).hexdigest()[:16], 16)
+        seed = ("%s %d" % (name, self.trial)).encode("utf-8", "replace")
+        n = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "big")
         if self.mode == "whole":
             return self.mp.mpf(3 + n % (4 + 2 * self.trial))
         low, high = ((100, 8000), (10_000, 40_000), (40_000, 120_000))[self.trial % 3]
@@ -801,8 +808,8 @@ class Equality:
         relations = [x for x in (a, b) if kind(x) == "relation"]
         if any(x.note in ("=", "~") for x in relations) or len(relations) == 2 and unknown(a) != unknown(b):
             return False
-        x, y = (attempt(self.reals, z)[0] for z in (a, b))
-        return x == y != []
+        cuts = attempt(self.reals, a)[0]
+        return cuts != [] and cuts == attempt(self.reals, b)[0]
 
     def cut(self, x, above):
         """(an end in units of 2**-300, does the cut lie just above it?)"""
