@@ -114,7 +114,8 @@ NEGATIONS = set("no not except without never neither nor non".split())
 WORDS = {*UNITS, *MULTIPLIERS, *NUMERALS, *NEGATIONS, *"""the is are mph rpm per percent degree degrees radian radians
     unit square cubic sq lb lbs oz ml kcal all any yes th st nd rd where such given since because provided with for if
     when as""".split()} - {"s", "m", "h", "g"}
-GLUED = re.compile(r"(?<=\d)(?:[A-Za-z]{13}|[a-z]*[A-Z](?=[A-Za-z]{3}))")  # no unit: 72Ihopeitiscorrect, unlike 5bags
+GLUED = re.compile(  # no unit: 72Ihopeitiscorrect, unlike 5bags and 5squarekilometers
+    r"(?<=[\d}])(?!square|cubic|degrees?|[A-Z]+$)(?:[A-Za-z]{13}|[a-z]*[A-Z](?=[A-Za-z]{3}))")
 UNICODE = {word[0]: word[1:] + " " * (word[1:2] == "\\") for word in r"""
     −- –- —- ‐- ×* ·* ∙* ⋅* ÷/ ∕/ ⁄/ ≤<= ⩽<= ≥>= ⩾>= ≠!= ≈\approx ≡\equiv ∞\infty ∪\cup ∩\cap ∈\in ∉\notin √\sqrt ∶:
     ∛\sqrt[3] °\degree º\degree ∘\circ ±\pm ∓\mp ∅\emptyset ∣| →\to ′' ″'' ‘' ’' “ ” ⟨\langle 〈\langle ⟩\rangle ∠
@@ -261,13 +262,15 @@ def call(name, *args):
 
 
 def multiply(*factors):
-    if any(factor.is_Rational and not factor.p for factor in factors):  # sympy would ask if the others are finite
-        for factor in factors:
-            require(factor.is_Rational or symbols(factor) or Point(Budget()).value(factor) is not None, "never")
-        return number(0)
-    if all(factor.is_Rational for factor in factors):
-        return math.prod(factors)
-    return build("Mul", *factors)
+    others = [factor for factor in factors if not factor.is_Rational]
+    if not others:
+        return math.prod(factors, start=number(1))
+    if all(factor.p for factor in factors if factor.is_Rational):
+        return build("Mul", *factors)
+    for factor in others:  # 0 times 1/0 is no answer; of the others sympy would ask whether they are finite
+        if not symbols(factor):
+            Point(Budget()).value(factor)
+    return number(0)
 
 
 def power(base, exponent, budget):
@@ -798,10 +801,21 @@ class Equality:
             return len(names - {""}) == len(names) == 1 or names == {"", "y"} or any(name[:1] == '"' for name in names)
         if len(x) != 2 or any(map(kind, x + y)) or not symbols(*x, *y):
             return False
-        left, right = (add(side, negative(other)) for side, other in (x, y))
-        ratio = Point(self.budget).value(left) / Point(self.budget).value(right)
+        differences = [add(side, negative(other)) for side, other in (x, y)]
+        factors = [self.denominators(z) if a.note == "=" else number(1) for z in differences]  # xy = 1 and y = 1/x
+        v, w, d, e = map(Point(self.budget).value, differences + factors)
+        ratio = v * d / (w * e)
         return (a.note == "=" or engine()["mp"].re(ratio) > 0) and self.holds(
-            lambda v, w: abs(v - ratio * w) * 2**100 < abs(v), left, right)
+            lambda v, w, d, e: abs(v * d - ratio * w * e) * 2**100 < abs(v * d), *differences, *factors)
+
+    def denominators(self, x):
+        """The product of the bottoms of the terms of x."""
+        lowest = {}
+        for term in x.args if x.is_Add else (x,):
+            for factor in term.args if term.is_Mul else (term,):
+                if factor.is_Pow:
+                    lowest[factor.base] = min(factor.exp.p, lowest.get(factor.base, 0))
+        return multiply(*(power(base, number(-lowest[base]), self.budget) for base in lowest if lowest[base]))
 
     def same_reals(self, a, b):
         """Are both sets of reals, and the same?  Sets are sorted lists of cuts, the places where membership changes."""
@@ -882,7 +896,8 @@ BOX = re.compile(r"\\++(?:boxed|fbox)(?![A-Za-z])\s*+(?:(\{)|([^\s${}\\]+)|)"  #
 def variants(text):
     """The lists of tokens that a text may mean: 1,234 is a number or a list, 2e-3 a number or 2e - 3."""
     text = clean(text)
-    found = [GROUPED.sub(lambda match: match[0].replace(",", ""), text), text, MINUS.sub(" e-", text)]
+    choice = re.sub(r"^\(([a-j])\)$", lambda match: match[1].upper(), text)  # (c) is a choice or a variable
+    found = [GROUPED.sub(lambda match: match[0].replace(",", ""), text), text, MINUS.sub(" e-", text), choice]
     lists = [tokenize(variant) for variant in dict.fromkeys(found)]
     # f(x) = ... and a_n = ... are also read with # for the parameter, whose name does not matter.
     if definition := re.match(r"\w(?:_\{-1\})?'*\s*\(\s*([a-z])\s*\)\s*=|\w_\{?([a-z])\}?\s*=", text):
