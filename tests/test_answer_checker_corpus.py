@@ -14,8 +14,8 @@ from redi import answer_checker
 from redi.answer_checker import answers_match, is_correct
 
 SOURCE = Path(answer_checker.__file__)
-STANDARD_IMPORTS = {"collections", "dataclasses", "fractions", "functools", "hashlib", "itertools", "json", "math", "re",
-                    "sys", "unicodedata"}
+STANDARD_IMPORTS = {"collections", "dataclasses", "fractions", "functools", "hashlib", "itertools", "json", "math",
+                    "re", "sys", "unicodedata"}
 
 
 def rows(path):
