@@ -1,18 +1,13 @@
 r"""Is this final answer equal to the gold one?  One file on sympy; copy it anywhere (pip install sympy).
 
-    extract_answer(text)              content of the last complete \boxed{...} or \fbox{...}, else None
-    answers_match(prediction, gold)   are two bare answers equal?  symmetric
-    is_correct(response, gold)        does the response's last box equal gold, or one of a list of golds?
-    explain(prediction, gold)         how each side was read, and why the verdict is what it is
-
     python answer_checker.py '\frac{1}{2}' 0.5
     python answer_checker.py --file rows.jsonl       rows with "gold" and "prediction" or "response"
 
-Who does what.  The grammar is ours: no text reaches eval, sympify or another parser.  sympy keeps sums, products and
-whole powers canonical and cancels them in the difference of two answers; roots, functions, e, i and pi are atoms to it,
-since its own rules for them can run for hours.  mpmath, at 120 digits, decides whether what did not cancel is zero, at
-fixed pseudo-random points if there are variables.  Sets of reals are lists of their ends, matrices tuples of rows.
-
+The public functions, extract_answer, answers_match, is_correct and explain, are at the end.  Who does what: the
+grammar is ours, no text reaches eval, sympify or another parser.  sympy keeps sums, products and whole powers canonical
+and cancels them in the difference of two answers; roots, functions, e, i and pi are atoms to it, since its own rules
+for them can run for hours.  mpmath, at 120 digits, decides whether what did not cancel is zero, at fixed pseudo-random
+points if there are variables.  Sets of reals are lists of their ends, matrices tuples of rows.
 Refused, and equal to the same text only: sums, integrals, limits, inequalities that are not linear, words that negate
 or that are glued to a number, and all past the limits.  Rounding is no equality.  Of several readings the usual one is
 taken: 1\frac{3}{4} is a mixed number, 1/2x is x/2, log has any one base, (a, b) is a point or an open interval, and
@@ -78,8 +73,8 @@ def engine():
 
     fixed = {"pi": [+mp.pi], "e": [+mp.e], "i": [mp.j],  # and the marks, with two readings each
              "°": [mp.one, mp.pi / 180], "%": [mp.one, mp.one / 100], "log?": [+mp.e, mp.mpf(10)]}
-    return ENGINE.setdefault("loaded", {"Call": Call, "mp": mp, "fixed": fixed, **{
-        name: getattr(sympy, name) for name in ("Add", "Mul", "Pow", "Symbol", "Rational", "integer_nthroot")}})
+    return ENGINE.setdefault("loaded", {**vars(sympy), "mp": mp, "fixed": fixed,
+                                        "Call": lambda name, *args: Call(sympy.Symbol(name), *args)})
 
 
 # 2. Text to tokens: the tables, then clean and tokenize
@@ -114,8 +109,7 @@ NEGATIONS = set("no not except without never neither nor non".split())
 WORDS = {*UNITS, *MULTIPLIERS, *NUMERALS, *NEGATIONS, *"""the is are mph rpm per percent degree degrees radian radians
     unit square cubic sq lb lbs oz ml kcal all any yes th st nd rd where such given since because provided with for if
     when as""".split()} - {"s", "m", "h", "g"}
-GLUED = re.compile(  # no unit: 72Ihopeitiscorrect, unlike 5bags and 5squarekilometers
-    r"(?<=[\d}])(?!square|cubic|degrees?|[A-Z]+$)(?:[A-Za-z]{13}|[a-z]*[A-Z](?=[A-Za-z]{3}))")
+GLUED = re.compile(r"(?<=[\d}])(?!square|cubic|degrees?|[A-Z]+$)(?:[A-Za-z]{13}|[a-z]*[A-Z](?=[A-Za-z]{3}))")
 UNICODE = {word[0]: word[1:] + " " * (word[1:2] == "\\") for word in r"""
     −- –- —- ‐- ×* ·* ∙* ⋅* ÷/ ∕/ ⁄/ ≤<= ⩽<= ≥>= ⩾>= ≠!= ≈\approx ≡\equiv ∞\infty ∪\cup ∩\cap ∈\in ∉\notin √\sqrt ∶:
     ∛\sqrt[3] °\degree º\degree ∘\circ ±\pm ∓\mp ∅\emptyset ∣| →\to ′' ″'' ‘' ’' “ ” ⟨\langle 〈\langle ⟩\rangle ∠
@@ -173,8 +167,7 @@ REWRITES = [(trigger, re.compile(pattern), new) for trigger, pattern, new in (  
     (r"\{", r"\\\{\s*\\\}", r"\\emptyset "),
     (r"\{", r"^\\\{\s*\\?[A-Za-z]+\s*(?:\\in\s*(?:\\mathbb\s*)?\{?[A-Z]\}?\s*)?(?:\||\\mid\b|:)(.*)\\\}$", r"\1"),
     ("]", r"^\](.*)([\[\]])$", lambda match: "(" + match[1] + {"[": ")", "]": "]"}[match[2]]),  # ]0,1[
-    ("\\var", r"\\var(phi|epsilon|theta)(?![a-z])", r"\\\1 "),
-    ("\\", r"\\[lr]?[vV]ert(?![a-z])\s*|\\\|", "|"),
+    ("\\var", r"\\var(phi|epsilon|theta)(?![a-z])", r"\\\1 "), ("\\", r"\\[lr]?[vV]ert(?![a-z])\s*|\\\|", "|"),
     ("|", r"\|([^|]*)\|", r"\\abs(\1)"),
     ("\\", r"(\\[dtc]?frac|\\[dt]?binom)\s*(\d\s*\d?)", lambda match: match[1] + re.sub(r"(\d)\s*", r"{\1}", match[2])),
     ("/", r"(?<![\w.,/^_\\}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 1 3/4
@@ -249,16 +242,11 @@ def tokenize(text):
 # gets rationals, symbols, Calls, their sums, products and whole powers, and makes these canonical in polynomial time;
 # it gets no root, function, e, i, pi or infinity that it would know as such, so it never asks whether a number is zero,
 # positive or finite: there it would evaluate without a limit.
-
 def build(kind, *args):
     return (ENGINE.get("loaded") or engine())[kind](*args)
 
 
-number, symbol, add = (functools.partial(build, kind) for kind in ("Rational", "Symbol", "Add"))
-
-
-def call(name, *args):
-    return build("Call", symbol(name), *args)
+number, symbol, add, call = (functools.partial(build, kind) for kind in ("Rational", "Symbol", "Add", "Call"))
 
 
 def multiply(*factors):
@@ -267,9 +255,8 @@ def multiply(*factors):
         return math.prod(factors, start=number(1))
     if all(factor.p for factor in factors if factor.is_Rational):
         return build("Mul", *factors)
-    for factor in others:  # 0 times 1/0 is no answer; of the others sympy would ask whether they are finite
-        if not symbols(factor):
-            Point(Budget()).value(factor)
+    for constant in itertools.filterfalse(symbols, others):  # 0 times 1/0 is no answer, and sympy would ask if it is
+        Point(Budget()).value(constant)
     return number(0)
 
 
@@ -297,11 +284,9 @@ def power(base, exponent, budget):
 
 def exact_root(n, degree):
     """The integer of which n is the power, or None; negative for negative n and odd degrees."""
-    if degree == 1:
-        return n
-    if n < 0 and degree % 2 == 0 or n.bit_length() > 2000 or degree > 1000:
+    if degree > 1 and (n < 0 and degree % 2 == 0 or n.bit_length() > 2000 or degree > 1000):
         return None
-    root, exact = build("integer_nthroot", abs(n), degree)
+    root, exact = build("integer_nthroot", abs(n), degree) if degree > 1 else (abs(n), True)
     return int(-root if n < 0 else root) if exact else None
 
 
@@ -596,7 +581,6 @@ def symbols(*xs):
 
 class Point:
     """Sample point number trial, with a reading (0 or 1) of each mark.
-
     What keeps false zeros out: a sum counts as zero below 2**-300 of its largest term, and has no value if a term is
     above 2**150 or too small beside another; a number has none beyond 180 bits, a function none of what is too extreme.
     """
@@ -675,8 +659,7 @@ EVERYTHING = [(-math.inf, False), (math.inf, False)]
 
 
 def is_name(x):
-    """A single variable, or words."""
-    return x.is_Symbol and x.name not in FIXED
+    return x.is_Symbol and x.name not in FIXED  # a variable, or words
 
 
 def is_label(x, simple=False):
@@ -684,9 +667,8 @@ def is_label(x, simple=False):
     if kind(x):
         kinds = ("tuple",) if simple else ("tuple", "ratio")
         return kind(x) in kinds and all(is_label(part, simple) for part in x.parts)
-    if is_name(x) or x.is_Function and x.args[0].name not in DEFINED - TRIGONOMETRIC and symbols(x):
-        return True
-    return not simple and bool(symbols(x)) and not any(y.is_Rational for y in walk(x))
+    names_a_value = is_name(x) or x.is_Function and x.args[0].name not in DEFINED - TRIGONOMETRIC and bool(symbols(x))
+    return names_a_value or not simple and bool(symbols(x)) and not any(y.is_Rational for y in walk(x))
 
 
 def unknown(x):
@@ -801,21 +783,18 @@ class Equality:
             return len(names - {""}) == len(names) == 1 or names == {"", "y"} or any(name[:1] == '"' for name in names)
         if len(x) != 2 or any(map(kind, x + y)) or not symbols(*x, *y):
             return False
-        differences = [add(side, negative(other)) for side, other in (x, y)]
-        factors = [self.denominators(z) if a.note == "=" else number(1) for z in differences]  # xy = 1 and y = 1/x
-        v, w, d, e = map(Point(self.budget).value, differences + factors)
-        ratio = v * d / (w * e)
+        left, right = (add(side, negative(other)) for side, other in (x, y))
+        if a.note == "=":
+            left, right = self.cleared(left), self.cleared(right)
+        ratio = Point(self.budget).value(left) / Point(self.budget).value(right)
         return (a.note == "=" or engine()["mp"].re(ratio) > 0) and self.holds(
-            lambda v, w, d, e: abs(v * d - ratio * w * e) * 2**100 < abs(v * d), *differences, *factors)
+            lambda v, w: abs(v - ratio * w) * 2**100 < abs(v), left, right)
 
-    def denominators(self, x):
-        """The product of the bottoms of the terms of x."""
-        lowest = {}
-        for term in x.args if x.is_Add else (x,):
-            for factor in term.args if term.is_Mul else (term,):
-                if factor.is_Pow:
-                    lowest[factor.base] = min(factor.exp.p, lowest.get(factor.base, 0))
-        return multiply(*(power(base, number(-lowest[base]), self.budget) for base in lowest if lowest[base]))
+    def cleared(self, x):
+        """x times the denominators of its terms: y - 1/x = 0 is xy - 1 = 0."""
+        factors = itertools.chain(*(term.args if term.is_Mul else [term] for term in (x.args if x.is_Add else [x])))
+        bottoms = dict.fromkeys(factor for factor in factors if factor.is_Pow and factor.exp.p < 0)
+        return multiply(x, *(inverse(factor, self.budget) for factor in bottoms))
 
     def same_reals(self, a, b):
         """Are both sets of reals, and the same?  Sets are sorted lists of cuts, the places where membership changes."""
@@ -899,10 +878,9 @@ def variants(text):
     choice = re.sub(r"^\(([a-j])\)$", lambda match: match[1].upper(), text)  # (c) is a choice or a variable
     found = [GROUPED.sub(lambda match: match[0].replace(",", ""), text), text, MINUS.sub(" e-", text), choice]
     lists = [tokenize(variant) for variant in dict.fromkeys(found)]
-    # f(x) = ... and a_n = ... are also read with # for the parameter, whose name does not matter.
     if definition := re.match(r"\w(?:_\{-1\})?'*\s*\(\s*([a-z])\s*\)\s*=|\w_\{?([a-z])\}?\s*=", text):
         name = re.compile("^%s$|(?<=_)%s$" % ((definition[1] or definition[2],) * 2))
-        lists += [[(what, name.sub("#", value)) for what, value in tokens] for tokens in lists]
+        lists += [[(what, name.sub("#", value)) for what, value in tokens] for tokens in lists]  # f(x) is f(#)
     return lists
 
 
@@ -955,7 +933,7 @@ def verdict(prediction, gold):
 
 
 def extract_answer(text):
-    """Content of the last complete \\boxed{...} or \\fbox{...}, also \\boxed 5; None if missing or empty."""
+    """str -> the content of its last complete \\boxed{...}, \\fbox{...} or \\boxed 5; None if missing or empty."""
     answer, opened = None, []  # opened: for each open brace, where the content of its box starts
     for match in BOX.finditer(text):
         if match[1] or match[0] == "{":
@@ -969,7 +947,7 @@ def extract_answer(text):
 
 
 def answers_match(prediction, gold):
-    """Are two bare answers (no box around them) equal?  Symmetric; no text makes it raise."""
+    """Are two bare answers (str, no box around them) equal?  Symmetric; raises nothing but ImportError, without sympy."""
     plain = [PLAIN.fullmatch(text) for text in (prediction, gold)]
     if not all(plain):
         return verdict(prediction, gold)[0]
@@ -977,13 +955,13 @@ def answers_match(prediction, gold):
 
 
 def is_correct(response, gold):
-    """Does the last box of a response equal gold, or one of a list of acceptable golds?"""
+    """Does the last box of a response (str) equal gold, a str or a list of which any will do?  Raises as above."""
     answer, golds = extract_answer(response), [gold] if isinstance(gold, str) else gold
     return answer is not None and any(answers_match(answer, g) for g in golds)
 
 
 def explain(prediction, gold):
-    """How each side was read and why the verdict is what it is, as three lines of text."""
+    """How each of two bare answers was read and why the verdict is what it is, as three lines.  Raises as above."""
     equal, why, readings = verdict(prediction, gold)
     sides = ["%s: %s" % (side, " or ".join(map(show, readings.get(text, ()))) or text[:1000])
              for side, text in (("prediction", prediction), ("gold", gold))]
