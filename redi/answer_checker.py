@@ -947,7 +947,7 @@ def extract_answer(text):
 
 
 def answers_match(prediction, gold):
-    """Are two bare answers (str, no box around them) equal?  Symmetric; raises nothing but ImportError, without sympy."""
+    """Are two bare answers (str, no box around them) equal?  Symmetric; raises only ImportError, without sympy."""
     plain = [PLAIN.fullmatch(text) for text in (prediction, gold)]
     if not all(plain):
         return verdict(prediction, gold)[0]
