@@ -79,7 +79,7 @@ def engine():
 
 # 2. Text to tokens: the tables, then clean and tokenize
 SYNONYMS = dict(entry.rsplit("=>", 1) for entry in r"""
-    cdot=>* times=>* ast=>* **=>^ div=>/ slash=>/ le=><= leq=><= leqslant=><= ge=>>= geq=>>= geqslant=>>= lt=>< gt=>>
+    cdot=>* times=>* ast=>* div=>/ slash=>/ le=><= leq=><= leqslant=><= ge=>>= geq=>>= geqslant=>>= lt=>< gt=>>
     ne=>!= neq=>!= approx=>~ simeq=>~ ===>= :==>= equiv=>= in=>in notin=>notin cup=>cup cupdot=>cup bigcup=>cup cap=>cap
     setminus=>setminus backslash=>setminus pm=>pm mp=>mp mid=>| \{=>{{ \}=>}} lbrace=>{{ rbrace=>}} lbrack=>[ rbrack=>]
     lparen=>( rparen=>) langle=>( rangle=>) colon=>: ;=>, to=>-> rightarrow=>-> circ=>° degree=>° textdegree=>° \%=>%
@@ -156,11 +156,11 @@ REWRITES = [(trigger, re.compile(pattern), new) for trigger, pattern, new in (  
     ('"', r'(?<=[\w})])\s*"(%s)\s' % "|".join(MULTIPLIERS), lambda match: r"\cdot 10^{%d} " % MULTIPLIERS[match[1]]),
     ('"', r'(?:^|(?<=[,=({])|(?<=\\lor)|(?<=\\land))\s*"(%s)\s' % "|".join(NUMERALS),
      lambda match: " %s " % NUMERALS[match[1]]),
-    ("", r'^\s*(?:"(?:option|choice)\s)?[\s(]*"?([A-J])[\s).]*$', r"\1"),  # a choice
+    ("", r'^\s*(?:"(?:the|answer|is|option|choice)\s+)*[\s($]*"?([A-J])[\s).$]*$', r"\1"),  # a choice
     ("", r'^\s*\(?\s*"?([A-J])\s*[).]\s+(?=[\w\\$.(-])', r"\1\\choice "),  # (C) 12
     ("", r'^(?:\s*\\approx|(?:\s*"[a-z]+ )+\s*:)', ""),  # Answer: 5
     ('"', r'"(percent|degree)s? ', lambda match: {"percent": r"\% ", "degree": r"\degree "}[match[1]]),
-    ('"', r'"all\s+"real(?:s|\s+"numbers)', "R"),
+    ('"', r'"all\s+"real(?:s|\s+"numbers)', "R"), ("**", r"\*\*", "^"), ("\\ ", r"(?<!\\)\\ ", " "),
     ("", r'(?<=\S)[\s,;(]*(?:"(?:where|such|given|since|because|provided|with)\s|\\forall|"(?:if|when|for|as)\s'
      r'(?!.*(?:,|\\land|\\lor|"if|"otherwise)))(?:[^()\[\]{}]|\{[^{}]*\}|\([^()]*\))*\)?$', ""),  # a remark
     (r"\in", r"(?<=[^\s,;(])\s*[,;(]\s*\(?[A-Za-z]\s*\\in\s*(?:\\mathbb|\\mathbf)?\s*\{?\s*[ZNQ]\s*\}?\s*\)?\s*$", ""),
@@ -185,7 +185,7 @@ TOKEN = re.compile(r"""\s*(?:
     |(?P<v>(?:\\(?:overline|hat|bar|dot|ddot|tilde|widehat|widetilde)\s*(?:\{[^{}]*\}|[A-Za-z])|[A-Za-z]
         |\\(?!(?:%s)(?![A-Za-z]))[A-Za-z]+)(?:\s*_\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\d+|\\?[A-Za-z]+)|\s*')*)
     |\\(?P<c>[A-Za-z]+)
-    |(?P<o>\\.|<=|>=|!=|==|:=|\*\*|->|\.\.\.|\S))""" % "|".join(
+    |(?P<o>\\.|<=|>=|!=|==|:=|->|\.\.\.|\S))""" % "|".join(
         sorted(filter(str.isalpha, {*COMMANDS, *DROPPED, *SYNONYMS, *("end" + row for row in ROWS)}))), re.VERBOSE)
 
 
@@ -472,7 +472,7 @@ class Parser:
             return symbol('"' + value)
         if token == "w":  # prose
             x = self.nested(functools.partial(self.signed, self.factor))
-            lone = is_label(x, simple=True) and self.value[0] not in "=<>!~+-*/"
+            lone = is_name(x) and not self.starts and self.level < 4 and self.value not in ("+", "-", "*", "/")
             require(NEGATIONS.isdisjoint(value.split()) and not lone, "words that change the meaning")
             return x
         require(value in self.CLOSERS, "an operator without an operand")
@@ -875,7 +875,7 @@ BOX = re.compile(r"\\++(?:boxed|fbox)(?![A-Za-z])\s*+(?:(\{)|([^\s${}\\]+)|)"  #
 def variants(text):
     """The lists of tokens that a text may mean: 1,234 is a number or a list, 2e-3 a number or 2e - 3."""
     text = clean(text)
-    choice = re.sub(r"^\(([a-j])\)$", lambda match: match[1].upper(), text)  # (c) is a choice or a variable
+    choice = re.sub(r'^\(\s*"?([a-j])\s*\)$', lambda match: match[1].upper(), text)  # (c) is a choice or a variable
     found = [GROUPED.sub(lambda match: match[0].replace(",", ""), text), text, MINUS.sub(" e-", text), choice]
     lists = [tokenize(variant) for variant in dict.fromkeys(found)]
     if definition := re.match(r"\w(?:_\{-1\})?'*\s*\(\s*([a-z])\s*\)\s*=|\w_\{?([a-z])\}?\s*=", text):
