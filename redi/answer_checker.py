@@ -9,9 +9,8 @@ and cancels them in the difference of two answers; roots, functions, e, i and pi
 for them can run for hours.  mpmath, at 120 digits, decides whether what did not cancel is zero, at fixed pseudo-random
 points if there are variables.  Sets of reals are lists of their ends, matrices tuples of rows.
 Refused, and equal to the same text only: sums, integrals, limits, inequalities that are not linear, words that negate
-or that are glued to a number, and all past the limits.  Rounding is no equality.  Of several readings the usual one is
-taken: 1\frac{3}{4} is a mixed number, 1/2x is x/2, log has any one base, (a, b) is a point or an open interval, and
-several variables are positive.
+or that are glued to a number, and all past the limits.  Of several readings the usual one is taken: 1\frac{3}{4} is a
+mixed number, 1/2x is x/2, log has any one base, (a, b) is a point or an open interval, several variables are positive.
 """
 import collections
 import dataclasses
@@ -238,15 +237,21 @@ def tokenize(text):
 
 # 3. Safe construction: nothing else in this file makes or combines sympy objects
 # Why no text can hang it.  A text is short, and so are its numbers; only powers and factorials make longer ones, which
-# are limited and charged to the budget; sums and products of rationals are no longer than their parts together.  sympy
-# gets rationals, symbols, Calls, their sums, products and whole powers, and makes these canonical in polynomial time;
-# it gets no root, function, e, i, pi or infinity that it would know as such, so it never asks whether a number is zero,
-# positive or finite: there it would evaluate without a limit.
+# are limited and charged to the budget, as is the common denominator of a sum.  sympy gets rationals, symbols, Calls,
+# their sums, products and whole powers, and makes these canonical in polynomial time; it gets no root, function, e, i,
+# pi or infinity that it would know as such, so it never asks whether a number is zero, positive or finite: there it
+# would evaluate without a limit.
 def build(kind, *args):
     return (ENGINE.get("loaded") or engine())[kind](*args)
 
 
-number, symbol, add, call = (functools.partial(build, kind) for kind in ("Rational", "Symbol", "Add", "Call"))
+number, symbol, call = (functools.partial(build, kind) for kind in ("Rational", "Symbol", "Call"))
+
+
+def add(terms, budget):
+    bits = sum(term.as_coeff_Mul()[0].q.bit_length() for term in terms)  # of their common denominator
+    budget.spend(len(terms) * (bits // 1000) ** 2 // 8)
+    return build("Add", *terms)
 
 
 def multiply(*factors):
@@ -270,14 +275,14 @@ def power(base, exponent, budget):
             bits = max(top.bit_length(), bottom.bit_length())
             whole = whole if bits > 1 or not whole else 2 - whole % 2  # of 0, 1 and -1
             if bits * whole <= MAX_BITS:
-                budget.spend(bits * whole // 64)
+                budget.spend(bits * whole // 12)
                 return number(top**whole, bottom**whole)
     elif exponent.is_Integer and abs(exponent.p) <= MAX_EXPONENT:
         require(exponent.p > 0 or symbols(base) or Point(budget).value(base), "division by zero")
         coefficient, _ = base.as_coeff_Mul()
         bits = (coefficient.p.bit_length() + coefficient.q.bit_length()) * abs(exponent.p)
         if bits <= MAX_BITS:
-            budget.spend(bits // 64)
+            budget.spend(bits // 12)
             return build("Pow", base, exponent)
     return call("^", base, exponent)
 
@@ -302,7 +307,7 @@ def combinatorial(name, args, budget):
     n, k = args[0].p, args[-1].p
     length = n if name == "!" else min(k, abs(n - k))
     require(n >= 0 <= k and length * n.bit_length() <= MAX_BITS, "a factorial past the limits")
-    budget.spend(length // 8)
+    budget.spend(length * n.bit_length() // 12)
     return number(math.factorial(n) if name == "!" else math.comb(n, k))
 
 
@@ -414,12 +419,9 @@ class Parser:
     def sum(self):
         terms = []
         while True:
-            signs = []
-            while sign := self.accept("+", "-"):
-                signs.append(sign)
-            require(len(signs) <= 2, "too many signs")
-            if terms and not signs:
-                return terms[0] if len(terms) == 1 else add(*map(scalar, terms))
+            signs = [self.accept("+", "-"), self.accept("+", "-")]
+            if terms and not any(signs):
+                return terms[0] if len(terms) == 1 else add(list(map(scalar, terms)), self.budget)
             term = self.product()
             terms.append(negative(term) if signs.count("-") == 1 else term)
 
@@ -689,7 +691,7 @@ class Equality:
         if len(kinds) == 1 and a == b:
             return True
         if kinds == {""}:
-            x = a if a.is_Rational and b.is_Rational else add(a, negative(b))
+            x = a if a.is_Rational and b.is_Rational else add([a, negative(b)], self.budget)
             return not x.is_Rational and self.holds(lambda v: not v, x)
         if "unit" in kinds:  # optional, but 2 cm is not 2 m and 3 am is not 3 pm
             (one, size), (two, other) = (UNITS.get(x.note if kind(x) == "unit" else "", ("", 1)) for x in (a, b))
@@ -783,18 +785,17 @@ class Equality:
             return len(names - {""}) == len(names) == 1 or names == {"", "y"} or any(name[:1] == '"' for name in names)
         if len(x) != 2 or any(map(kind, x + y)) or not symbols(*x, *y):
             return False
-        left, right = (add(side, negative(other)) for side, other in (x, y))
-        if a.note == "=":
-            left, right = self.cleared(left), self.cleared(right)
+        left, right = self.difference(a), self.difference(b)
         ratio = Point(self.budget).value(left) / Point(self.budget).value(right)
         return (a.note == "=" or engine()["mp"].re(ratio) > 0) and self.holds(
             lambda v, w: abs(v - ratio * w) * 2**100 < abs(v), left, right)
 
-    def cleared(self, x):
-        """x times the denominators of its terms: y - 1/x = 0 is xy - 1 = 0."""
+    def difference(self, relation):
+        """Left side minus right side; of an equation times the denominators of its terms: xy - 1 for y = 1/x."""
+        x = add([relation.parts[0], negative(relation.parts[1])], self.budget)
         factors = itertools.chain(*(term.args if term.is_Mul else [term] for term in (x.args if x.is_Add else [x])))
-        bottoms = dict.fromkeys(factor for factor in factors if factor.is_Pow and factor.exp.p < 0)
-        return multiply(x, *(inverse(factor, self.budget) for factor in bottoms))
+        bottoms = dict.fromkeys(y for y in factors if relation.note == "=" and y.is_Pow and y.exp.p < 0)
+        return multiply(x, *(inverse(y, self.budget) for y in bottoms))
 
     def same_reals(self, a, b):
         """Are both sets of reals, and the same?  Sets are sorted lists of cuts, the places where membership changes."""
@@ -850,7 +851,7 @@ class Equality:
                 pairs = [(v, right) if u is left else (left, v) for v in (u.args[1], negative(u.args[1]))]
                 return self.combine("and" if (joint[0] == "<") == (u is left) else "or",
                                     [self.half_line(joint, *pair, x) for pair in pairs])
-        constant, rest = add(left, negative(right)).as_independent(x, as_Add=True)
+        constant, rest = add([left, negative(right)], self.budget).as_independent(x, as_Add=True)
         slope = multiply(rest, inverse(x, self.budget))
         sign, closed = self.cut(slope, False)[0], joint[-1] == "="
         require(sign, "a relation without its unknown")
@@ -858,9 +859,8 @@ class Equality:
         if joint in ("=", "!="):
             point = [self.cut(bound, False), self.cut(bound, True)]
             return point if joint == "=" else [EVERYTHING[0], *point, EVERYTHING[1]]
-        if (joint[0] == "<") == (sign > 0):
-            return [EVERYTHING[0], self.cut(bound, closed)]
-        return [self.cut(bound, not closed), EVERYTHING[1]]
+        below = (joint[0] == "<") == (sign > 0)
+        return [EVERYTHING[0], self.cut(bound, closed)] if below else [self.cut(bound, not closed), EVERYTHING[1]]
 
 
 # 7. Verdicts, and the public functions

@@ -199,6 +199,14 @@ TORTURE = [
         "10!!!!!!", "x" + "!" * 400, r"\binom{\binom{20}{10}}{\binom{20}{9}}", r"\frac{2999!}{2998!}",
         r"\binom{10^{900}}{2}", r"\binom{-5}{3}", r"\binom{\frac12}{%s}" % ("9" * 50), "(10^{900})!", "0.5!", "(-1)!")],
     ("huge binomial", r"\binom{60}{30}", "118264581564861424", True),
+    # sums of fractions: each term pays for the common denominator, and 22 powers of 40,000 bits took 6 s until charged
+    *[("long fraction", form, "1", False) for form in (
+        "+".join("%d^{-%d}" % (n, 39_000 // n.bit_length()) for n in range(3, 47, 2)),
+        "+".join("%d^{-%d}" % (n, 4000 // n.bit_length()) for n in range(3, 9, 2)) + "+.1" * 300,
+        "+".join(r"%d^{-%d}\pi" % (n, 1900 // n.bit_length()) for n in range(3, 23, 2)) + "+.1" * 300,
+        "+".join(r"\frac{1}{%d!}" % n for n in range(2500, 2540)),
+        ",".join("%d^{-%d}e" % (n, 9000 // n.bit_length()) for n in range(3, 43, 2)),
+        nest(r"\frac{1}{3^{-900}+#}", "1", 20), nest("(7^{-900}+#)", "1", 20), nest("(7^{900}+1)(#)", "1", 20))],
     # facts, section F: a Union of 200 intervals needs 8 s; and so would lists whose members are compared pair by pair
     ("union", r"\cup".join("[%d,%d.5]" % (n, n) for n in range(130)),
      r"\cup".join("[%d,%d.5]" % (n, n) for n in reversed(range(130))), None),
