@@ -41,7 +41,7 @@ TABLE = [
      [r"\frac{-3}{8}", r"\frac{3}{-8}", "-0.375", "-3/8", "−3/8"],
      [r"\frac{3}{8}"]),
     ("mixed numbers", r"1\frac{3}{4}",
-     ["1 3/4", r"\frac{7}{4}", "1.75", r"1 \tfrac34", "1¾"],
+     ["1 3/4", r"\frac{7}{4}", "1.75", r"1 \tfrac34", "1¾", r"1\ \frac{3}{4}", r"1\ 3/4"],
      [r"\frac{3}{4}", "13/4", "1, 3/4"]),
     ("mixed numbers", r"-2\frac{1}{2}", ["-2.5", r"-\frac52"], ["-1.5", "2.5", "-1"]),
     ("scientific", r"4.5 \times 10^{33}",
@@ -219,7 +219,8 @@ TABLE = [
     ("inequalities", r"|x| \ge 1",
      [r"x \le -1 \text{ or } x \ge 1", r"(-\infty,-1]\cup[1,\infty)"],
      ["|x| > 1", r"x \ge 1"]),
-    ("equations", "xy=1", [r"y=\frac1x", "2xy-2=0"], ["y=x", "2"]),
+    ("equations", "xy=1", [r"y=\frac1x", "2xy-2=0", r"x=\frac{1}{y}"], ["y=x", "2", r"x^2y=1", r"y=-\frac1x"]),
+    ("equations", r"\frac{x}{y}=2", ["x=2y", r"\frac{2y}{x}=1"], ["y=2x", "xy=2"]),
     ("labels", "100",
      [r"\sqrt{10001} \approx 100", "100 = 10^2"],
      [r"99 \approx 100", r"100 \approx 101", "100 = 101", r"99.9 \approx 100 \approx 100.1", r"100 \pm 1"]),
@@ -235,8 +236,18 @@ TABLE = [
     ("functions", "a_n = 2n+1", ["a_k=2k+1", "2n+1"], ["a_n=2n-1", "b_n=2n+1"]),
     ("functions", "f(x)=1", [r"f(x) = 1 \text{ for all } x \in \mathbb{Q}", "1"], ["f(x)=2"]),
     ("choices", r"\text{(C)}",
-     ["C", "(C)", r"\textbf{(C)}", r"\text{C}", "(c)", r"\textbf{(C) } 12", "C. 12", r"\mathrm{(C)}"],
-     ["B", r"\text{(D)}", r"\textbf{(B) } 12", "x"]),
+     ["C", "(C)", r"$\text{(C)}$", r"\text{(c)}", r"\text{The answer is } \text{(C)}",
+      r"\textbf{(C)}", r"\text{C}", "(c)", r"\textbf{(C) } 12", "C. 12", r"\mathrm{(C)}"],
+     ["B", r"\text{(D)}", r"\textbf{(B) } 12", "x", r"\text{not } \text{(C)}", r"\text{The answer is not } C"]),
+    ("prose", r"x \in [-2,7]", [r"\text{The answer is } x \in [-2,7]"], [r"\text{no } x \in [-2,7]"]),
+    ("prose", r"\arccos(1-2a)", [r"\text{The answer is } \arccos(1-2a)"], [r"\text{not } \arccos(1-2a)"]),
+    ("prose", r"6.43 \times 10^{16} \text{ cm}^{-3}", [r"6.43 \times 10**{16} \text{ cm}**{-3}"], []),
+    ("choices", "(c)", ["c", "C"], ["(d)", "D"]),
+    ("glued words", "1251",
+     ["1251bags", "1251 bags", "1251BAGS", "1251squarekilometers"],
+     ["1251Ihopeitiscorrect", "1251.Ihopeitiscorrect", "1251ihopethatitiscorrect", "x=1251Ihopeitiscorrect"]),
+    ("glued words", r"\text{Evelyn}", [], ["Evelyn.Ihopeitiscorrect", "EvelynIhopeitiscorrect"]),
+    ("glued words", r"2\sqrt{3}", [r"2\sqrt{3}cm"], [r"2\sqrt{3}Ihopeitiscorrect"]),
     ("choices", r"\text{(A) } 5", ["5", "A"], ["(B) 5", "(A) 6", "6"]),
     ("texts", r"\text{Evelyn}",
      ["Evelyn", "evelyn", r"\textbf{Evelyn}", r"\text{ Evelyn }", r"\mathrm{Evelyn}"],
@@ -287,7 +298,7 @@ def test_past_the_limits_is_not_equal():
 
 def test_explain():
     text = explain(r"\frac{1}{3}", "0.333")
-    assert "div(1, 3)" in text and "333/1000" in text and "not equal: different values" in text
+    assert text == "prediction: 1/3\ngold: 333/1000\nnot equal: different values"
     assert "equal: equal values" in explain("x>5", r"(5,\infty)")
     assert r"\int is not supported" in explain(r"\int_0^1 x dx", "1/2")
 

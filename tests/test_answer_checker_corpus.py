@@ -1,11 +1,9 @@
-"""The answer checker on labelled, hostile, benchmark and random answers."""
+"""The answer checker on labelled, hostile and benchmark answers, and the bounds of its file."""
 import ast
 import collections
 import itertools
 import json
 import random
-import resource
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from redi import answer_checker
-from redi.answer_checker import answers_match, explain, extract_answer, is_correct
+from redi.answer_checker import answers_match, is_correct
 
 SOURCE = Path(answer_checker.__file__)
-STANDARD_IMPORTS = {"argparse", "decimal", "fractions", "functools", "itertools", "json", "math", "random",
+STANDARD_IMPORTS = {"collections", "dataclasses", "fractions", "functools", "hashlib", "itertools", "json", "math",
                     "re", "sys", "unicodedata"}
 
 
@@ -43,8 +41,7 @@ def test_labelled(shared_data):
     for kind, (right, total) in sorted(table.items()):
         print("%-28s %3d of %3d" % (kind, right, total))
     print(*mistakes, sep="\n")
-    assert len(corpus) - len(mistakes) >= 0.98 * len(corpus)
-    assert sum(not row["label"] for row in mistakes) <= 2
+    assert len(mistakes) <= 2 and all(row["label"] for row in mistakes)
 
 
 def benchmark_golds(shared_data):
@@ -58,15 +55,21 @@ AS_TEXT = {r"\text{Evelyn}", r"\text{east}", r"\text{even}", r"\text{ellipse}", 
            "$t(0,4]$"}  # a slip in the source: not a formula
 
 
+def is_text(gold):
+    """Is nothing but its words (or its letter, for a choice) compared?"""
+    readings = [node for tokens in answer_checker.variants(gold)
+                for node in answer_checker.attempt(answer_checker.meanings, tokens, answer_checker.Budget())[0]]
+    return not readings or "text" in gold and all(node.is_Symbol for node in readings)
+
+
 def test_benchmark_golds_have_values(shared_data):
-    count = 0
-    for name, golds in benchmark_golds(shared_data):
+    as_text, count = set(), 0
+    for _, golds in benchmark_golds(shared_data):
         for gold in golds:
-            nodes = answer_checker.Reading(gold).nodes
-            assert (not nodes or nodes[0][0] == "text") == (gold in AS_TEXT), (name, gold, nodes)
             assert answers_match(gold, gold) and answers_match(" " + gold + " ", gold)
+            as_text |= {gold} if is_text(gold) else set()
             count += 1
-    assert count >= 1560
+    assert as_text == AS_TEXT and count >= 1560
 
 
 # Golds of one benchmark that are written differently and are equal: this is all of them, over all pairs.
@@ -127,88 +130,36 @@ def test_hostile(shared_data, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-PIECES = r"""
-    \frac \frac{ \sqrt \sqrt[ { } ( ) [ ] \{ \} | || ^ ^{ _ _{ + - * / = < > \le \ge \ne , ; : . ! !! %
-    $ ' ^\circ \pm \mp \cup \cap \setminus \in \infty \pi e i x y n f( g(x) \sin \cos^2 \log_ \ln \log
-    \arcsin \tan^{-1} \binom \lfloor \rfloor \left( \right) \left| \right| \text{ \text{and} \text{cm}
-    and or \mathrm{ \mathbb{R} \cdot 1 2 10 0.5 \begin{pmatrix} \end{pmatrix} \begin{cases} \end{cases}
-    & \\ 1e5 1e-9 1,000 12345678901234567890 9^9 10^{10} (-1)^ \overline{ \vec{ \boxed{ \boxed \sum \int
-    ½ ² ₃ √ π ∞ ≤ ② α " ` ~ # \x \ \forall where if 5th million pm \pmod{ \equiv \approx \langle \rangle
-    ⁻ ＋ é 字 ٣ __import__('os') \write18{ 1//0""".split()
-
-
-def random_answer(rng, answers):
-    kind = rng.random()
-    if kind < 0.4:
-        count = rng.randint(1, rng.choice([4, 12, 60]))
-        return "".join(rng.choice(PIECES) + rng.choice(["", " "]) for _ in range(count))
-    if kind < 0.5:
-        return rng.choice(PIECES + answers) * rng.randint(1, 400)
-    if kind < 0.6:
-        top = rng.choice([127, 0x2FFF, 0x10FFFF])
-        return "".join(chr(rng.randint(0, top)) for _ in range(rng.randint(1, 60)))
-    if kind < 0.65:
-        count = rng.randint(1, 30)
-        return rng.choice(PIECES) * count + "1" + rng.choice(PIECES) * count
-    text = rng.choice(answers)
-    for _ in range(rng.randint(1, 4)):
-        i = rng.randint(0, len(text))
-        j, other = min(len(text), i + rng.randint(0, 6)), rng.choice(answers)
-        change = rng.choice(["", rng.choice(PIECES), other, text[i:j] * rng.randint(2, 60)])
-        text = text[:i] + change + text[j:]
-    return text
-
-
-ANSWERS = [
-    r"\frac{3}{2}", r"(-\infty, 0) \cup [1, 2)", r"3 \pm 2\sqrt{2}", r"x \in [-2,7]", "y = 2x+3", "10,080",
-    "5:8", r"12\text{ cm}^2", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\{1, 2\}", "(1,2),(3,4)",
-    r"2 < x \le 4", r"\binom{2n}{n}", r"\lfloor \frac{n}{2} \rfloor", "f(x) = x^2 + 1", r"\text{(C)}",
-    "4:30 pm", r"e^{2it}"]
-
-
-def fuzz(seed, count, answers):
-    """No exception, no call over 1 s of CPU, symmetric, the same verdict from a thread, under 200 MB."""
-    rng = random.Random(seed)
-    pairs, verdicts = [], []
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(count):
-        prediction = random_answer(rng, answers)
-        gold = rng.choice([rng.choice(answers), random_answer(rng, answers), prediction])
-        start = time.process_time()
-        verdicts.append(answers_match(prediction, gold))
-        assert time.process_time() - start < 1, (prediction, gold)
-        if len(pairs) % 4 == 0:
-            assert answers_match(gold, prediction) == verdicts[-1], (prediction, gold)
-            is_correct(prediction, [gold])
-            explain(prediction, gold)
-        pairs.append((prediction, gold))
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown / (1024 if sys.platform == "linux" else 1024**2) < 200
-    in_thread = []
-    thread = threading.Thread(target=lambda: in_thread.extend(answers_match(*pair) for pair in pairs))
-    thread.start()
-    thread.join()
-    assert in_thread == verdicts
-
-
-def test_random_strings():
-    fuzz(0, 2000, ANSWERS)
-
-
-@pytest.mark.slow
-def test_20000_random_strings(shared_data):
-    hostile = [row["pred"][:3000] for row in rows(shared_data / "answers" / "hostile.jsonl")]
-    corpus = [row["gold"] for row in rows(shared_data / "answers" / "labelled.jsonl")]
-    fuzz(1, 20_000, corpus + hostile)
-
-
-def test_nothing_but_the_standard_library_and_no_execution():
+def test_no_execution_and_no_other_imports():
     tree = ast.parse(SOURCE.read_text(encoding="utf-8"))
+    at_the_top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    assert at_the_top <= STANDARD_IMPORTS
+    forbidden = {"eval", "exec", "compile", "__import__", "globals", "sympify", "parse_expr", "parse_latex", "lambdify",
+                 "nsimplify", "evalf", "simplify", "signal", "threading", "multiprocessing", "subprocess"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            assert {alias.name for alias in node.names} <= STANDARD_IMPORTS
+            assert {alias.name for alias in node.names} <= STANDARD_IMPORTS | {"sympy", "mpmath"}
         elif isinstance(node, ast.ImportFrom):
-            assert node.module in STANDARD_IMPORTS
+            assert node.module == "fractions"
         elif isinstance(node, ast.Name):
-            assert node.id not in {"eval", "exec", "compile", "__import__", "globals"}
+            assert node.id not in forbidden
+        elif isinstance(node, ast.Attribute):
+            assert node.attr not in forbidden - {"compile"}  # re.compile
         assert not isinstance(node, ast.Assert)  # the checks must hold under python -O
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "sympy"]
+    engine = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "engine")
+    assert len(uses) == sum(isinstance(node, ast.Name) and node.id == "sympy" for node in ast.walk(engine)) > 0
+
+
+def test_seven_parts_within_their_bounds():
+    """The bounds of a file that is to be read: lines, lines of code, lines of a part, and the headings' order."""
+    source = SOURCE.read_text(encoding="utf-8")
+    lines, tree = source.splitlines(), ast.parse(source)
+    docstrings = [node.body[0] for node in ast.walk(tree)
+                  if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)]
+    text = {n for node in docstrings for n in range(node.lineno, node.end_lineno + 1)}
+    code = [n for n, line in enumerate(lines, 1) if n not in text and line.strip() and not line.strip().startswith("#")]
+    parts = [n for n, line in enumerate(lines) if line.startswith("# ") and line[2].isdigit() and line[3] == "."]
+    assert [lines[n][2] for n in parts] == list("1234567")
+    assert len(lines) <= 1000 and len(code) <= 800 and max(map(len, lines)) <= 120
+    assert max(end - start for start, end in zip(parts, [*parts[1:], len(lines)])) <= 300
