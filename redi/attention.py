@@ -12,14 +12,13 @@ import inspect
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
-# What a checkpoint may keep of a layer instead of computing it again: outputs of attention.
+# What a checkpoint may keep of a layer instead of computing it again: outputs of attention, by the operation's name.
 ATTENTION_OPS = {
-    torch.ops.torch_attn._varlen_attn.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    "torch_attn::_varlen_attn",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
 }
 
 
@@ -58,6 +57,8 @@ def _packed_dense(q, k, v, cu_seqlens):
 
 def _packed_flash(q, k, v, cu_seqlens, max_seqlen):
     """One kernel for all sequences, no host synchronisation."""
+    from torch.nn.attention.varlen import varlen_attn  # brings torch.compile's 25 MB along: only where it is used
+
     options = {}
     if q.shape[1] != k.shape[1]:
         if _varlen_has_gqa():
@@ -72,6 +73,8 @@ def _packed_flash(q, k, v, cu_seqlens, max_seqlen):
 @functools.cache
 def _varlen_has_gqa() -> bool:
     """Whether this torch takes fewer key/value heads as they are: 2.12 does, 2.11 does not."""
+    from torch.nn.attention.varlen import varlen_attn
+
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 

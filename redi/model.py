@@ -27,7 +27,7 @@ FAMILIES = {"qwen2": (True, False), "qwen3": (False, True), "llama": (False, Fal
 
 
 def _keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op.name() in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # What a layer computes again in backward -> options of `checkpoint`. The attention's output is as small as a layer's

@@ -201,7 +201,7 @@ class CountAttention(TorchDispatchMode):
     calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += func in ATTENTION_OPS
+        self.calls += func.name() in ATTENTION_OPS
         return func(*args, **(kwargs or {}))
 
 
