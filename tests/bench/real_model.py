@@ -331,8 +331,8 @@ def draw(args, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         for name in args.methods:
             title, _, color, dashes = METHODS[name]
-            ended = [run for run in (stage_2(args, seed, name, rate) for seed in args.seeds) if (run / "final").is_dir()]
-            curves = [held_out_curve(run) for run in ended]
+            runs = [stage_2(args, seed, name, rate) for seed in args.seeds]
+            curves = [held_out_curve(run) for run in runs if (run / "final").is_dir()]
             curves = [[(line["step"], line[key]) for line in curve] for curve in curves if curve and key in curve[0]]
             for curve in curves:
                 panel.plot(*zip(*curve), dashes, color=color, linewidth=0.8, alpha=0.45)
