@@ -322,7 +322,7 @@ def draw(args, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.6), dpi=130, layout="constrained", facecolor="white")
-    panels = figure.subplots(2, len(args.rates), squeeze=False, sharex=True, sharey="row")
+    panels = figure.subplots(2, len(args.rates), squeeze=False, sharex=True)
     handles = {}
     for (row, column), panel in np.ndenumerate(panels):
         key, rate = list(LOGPS)[row], args.rates[column]
