@@ -135,6 +135,7 @@ def metric_terms(method: Method, loss, averages, share: float) -> dict[str, torc
     Args: loss: the micro-batch's term; averages (N,): log-prob a token of each response, the paper's LogPS, in
     nats; share: of one example in the means over the step.
     """
+    loss = loss.detach()  # else the graph of every micro-batch would wait for the end of the step
     if not method.pairs:
         return {"loss": loss, "chosen_logp": share * averages.sum()}
     chosen, rejected = averages.chunk(2)

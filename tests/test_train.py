@@ -863,3 +863,11 @@ def test_help_names_the_methods_and_of_each_its_own_flags_with_their_defaults(ca
         assert not any(f"--{flag.replace('_', '-')}" in text for flag in others)
         assert f"(default: {method.lr})" in text and f"(default: {method.batch_size})" in text
         assert "default: None" not in text and "default: True" not in text and "default: False" not in text
+
+
+@pytest.mark.parametrize("method", ["sft", "redi"])
+def test_metrics_do_not_hold_the_graph_of_a_micro_batch(method):
+    """They are kept to the end of the step: 80 MB of 1,260 with eight micro-batches of 25M parameters."""
+    loss = torch.ones((), requires_grad=True) * 2
+    terms = train.metric_terms(train.METHODS[method], loss, torch.ones(4), 0.5)
+    assert terms["loss"] == 2 and not any(term.requires_grad for term in terms.values())
