@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from redi.answer_checker import extract_answer
+from redi.answer_checker import answers_match, extract_answer
 from redi.files import at, file_digest, read_jsonl
 
 # What a problem is wrapped in before it becomes the user's message, in training data and in evaluation alike.
@@ -42,6 +42,12 @@ def gold_answers(value) -> list[str]:
             raise ValueError(f"'answer' must be a text, a number, or a list of them, found {answer!r}")
         answers.append("" if answer is None else str(answer).strip())
     return [answer for answer in answers if answer]
+
+
+def judge(response: str, gold: list[str]) -> tuple[str | None, bool]:
+    """The final answer of a response (None: no closed box), and whether the checker finds it equal to a gold one."""
+    answer = extract_answer(response)
+    return answer, answer is not None and any(answers_match(answer, one) for one in gold)
 
 
 @dataclass

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from redi import answer_checker
-from redi.answer_checker import extract_answer, is_correct
 from redi.files import (
     append_row, at, drop_partial_line, file_digest, json_line, read_json, read_jsonl, write_atomically, write_json,
 )
-from redi.problems import Benchmark
+from redi.problems import Benchmark, judge
 
 Key = tuple[str, int]  # id of the problem, number of the sample from 0
 TYPES = {
@@ -28,8 +27,8 @@ TYPES = {
 
 def scored(row: dict, benchmark: Benchmark) -> dict:
     """A sample with its verdict: `answer`, the content of the last box or None, and `correct`."""
-    response, gold = row["response"], benchmark.answers[row["id"]]
-    return {**row, "answer": extract_answer(response), "correct": is_correct(response, gold)}
+    answer, correct = judge(row["response"], benchmark.answers[row["id"]])
+    return {**row, "answer": answer, "correct": correct}
 
 
 def checker_version() -> str:

@@ -25,10 +25,11 @@ import torch
 from redi import distributed
 from redi.answer_checker import is_correct
 from redi.chat_template import CHATML_TEMPLATE
-from redi.files import json_line, read_json, read_jsonl, write_atomically
+from redi.files import json_line, read_jsonl, write_atomically
 from redi.model import CausalLM
 from redi.pretrained import parse_config, save_pretrained
 from redi.problems import assistant_message, user_message
+from redi.results import read_results
 from redi.tokenizer import Tokenizer
 
 CAPACITY = 15  # litres
@@ -299,7 +300,7 @@ def _results(output: Path) -> str:
 
 
 def results_by_model(folder: Path) -> dict[str, dict]:
-    return {row["model"]: row for row in read_json(folder / "results.json")["results"]}
+    return {row["model"]: row for row in read_results(folder / "results.json")}
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -6,9 +6,9 @@ y_w is the first correct generation; y_l is the first incorrect one, or others t
 import itertools
 import random
 
-from redi.answer_checker import answers_match, extract_answer
+from redi.answer_checker import extract_answer
 from redi.corpus import require
-from redi.problems import gold_answers
+from redi.problems import gold_answers, judge
 
 # What becomes of a row, in the order in which it is asked. Every row is counted as read and once more up to
 # positives; a positive may give pairs, of which too_long are left out of pairs.jsonl.
@@ -79,9 +79,8 @@ def own_verdicts(row: dict, exclude_sources: list[str]) -> tuple[list[str | None
     gold = gold_answers(row["answer"])
     if not gold:
         raise LeftOut("no_answer")
-    answers = [extract_answer(text or "") for text in row["generations"]]
-    correct = [answer is not None and any(answers_match(answer, one) for one in gold) for answer in answers]
-    return answers, correct
+    verdicts = [judge(text or "", gold) for text in row["generations"]]
+    return [answer for answer, _ in verdicts], [correct for _, correct in verdicts]
 
 
 def _check(row: dict, exclude_sources: list[str]) -> None:

@@ -301,7 +301,7 @@ def test_changed_problems_or_weights_are_noticed(model, problems, tmp_path):
 def test_samples_are_scored_anew_when_the_checker_changes(model, problems, tmp_path, monkeypatch):
     assert run(model, problems, tmp_path / "out")["results"][0]["pass@1"] == 0
     monkeypatch.setattr(evaluate, "load_pretrained", None)
-    monkeypatch.setattr(store, "is_correct", lambda response, gold: True)
+    monkeypatch.setattr(store, "judge", lambda response, gold: (None, True))
     for module in (store, results):
         monkeypatch.setattr(module, "checker_version", lambda: "2")
     [row] = run(model, problems, tmp_path / "out")["results"]
