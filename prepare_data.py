@@ -78,7 +78,6 @@ def prepare(args: argparse.Namespace) -> None:
                 counts.update(chunk_counts)
                 for name, file in written.items():
                     file.writelines(lines[name])
-        counts["pairs_written"] = counts["pairs"] - counts["too_long"]
         report = {name: counts[name] for name in reported}
         if not counts["positives"]:
             found = ", ".join(f"{name} {number}" for name, number in report.items() if number)
@@ -120,12 +119,12 @@ def prepare_chunk(
             lines["positives.jsonl"].append(json_line(positive, errors="strict"))
             counts["positives"] += 1
             counts["pairs"] += len(negatives)
-            fits = [True] * len(negatives)
+            outcomes = ["pairs_written"] * len(negatives)
             if tokenizer_directory is not None and negatives:
-                fits = pairs_fit(load_tokenizer(tokenizer_directory), prompt, chosen, negatives, args)
-            counts["too_long"] += fits.count(False)
-            for number, (rejected, fit) in enumerate(zip(negatives, fits)):
-                if fit:
+                outcomes = pair_outcomes(load_tokenizer(tokenizer_directory), prompt, chosen, negatives, args)
+            counts.update(outcomes)
+            for number, (rejected, outcome) in enumerate(zip(negatives, outcomes)):
+                if outcome == "pairs_written":
                     pair = {"prompt": prompt, "chosen": [assistant_message(chosen)],
                             "rejected": [assistant_message(rejected)], **named}  # fmt: skip
                     if number:
@@ -142,8 +141,9 @@ def verdict_lines(id: str, answers: list[str | None], correct: list[bool]) -> It
         yield json_line(row)
 
 
-def pairs_fit(tokenizer: Tokenizer, prompt: list[dict], chosen: str, negatives: list[str], args) -> list[bool]:
-    """For each negative, whether its pair is within the limits in tokens, which are counted as in training."""
+def pair_outcomes(tokenizer: Tokenizer, prompt: list[dict], chosen: str, negatives: list[str], args) -> list[str]:
+    """What becomes of each negative's pair, with its texts encoded as in training: "pairs_written", "too_long", or
+    "same_ids", of which train.py would refuse the whole file."""
     limits = TokenSettings(
         pairs=False,  # of one prompt and its responses, however many
         max_prompt=args.max_prompt_tokens,
@@ -152,7 +152,8 @@ def pairs_fit(tokenizer: Tokenizer, prompt: list[dict], chosen: str, negatives: 
         prefill=args.prefill,
     )
     [[prompt_ids, chosen_ids, *negatives_ids]] = encode([Example(0, prompt, (chosen, *negatives))], tokenizer, limits)
-    return [limits.fit(prompt_ids, chosen_ids, ids) for ids in negatives_ids]
+    outcomes = [("too_long", "pairs_written")[limits.fit(prompt_ids, chosen_ids, ids)] for ids in negatives_ids]
+    return ["same_ids" if ids == chosen_ids else outcome for ids, outcome in zip(negatives_ids, outcomes)]
 
 
 @functools.cache

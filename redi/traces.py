@@ -11,10 +11,10 @@ from redi.corpus import require
 from redi.problems import gold_answers, judge
 
 # What becomes of a row, in the order in which it is asked. Every row is counted as read and once more up to
-# positives; a positive may give pairs, of which too_long are left out of pairs.jsonl.
+# positives; a positive may give pairs, of which too_long and same_ids are left out of pairs.jsonl.
 OUTCOMES = (
-    "read", "invalid_problem", "excluded_source", "no_problem", "no_answer", "no_generations",
-    "mismatched_verdicts", "no_correct", "positives", "pairs", "too_long", "pairs_written",
+    "read", "invalid_problem", "excluded_source", "no_problem", "no_answer", "no_generations", "mismatched_verdicts",
+    "no_correct", "positives", "pairs", "too_long", "same_ids", "pairs_written",
 )
 
 # What the checker finds of a generation: incorrect and unboxed ones (cut off, say: no closed box) are not correct.

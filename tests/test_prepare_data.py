@@ -22,7 +22,7 @@ from redi.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 OPENR1_COUNTS = ["read", "invalid_problem", "excluded_source", "no_problem", "no_generations",
-                 "mismatched_verdicts", "no_correct", "positives", "pairs", "too_long"]
+                 "mismatched_verdicts", "no_correct", "positives", "pairs", "too_long", "same_ids"]
 
 
 def run_command(*arguments, limit_bytes=None, **environment) -> subprocess.CompletedProcess:
@@ -98,7 +98,7 @@ def test_openr1_counts_on_parquet_shards(tmp_path, shared_data):
     report = json.loads((tmp_path / "1" / "report.json").read_text())
     expected = json.loads((shared_data / "traces" / "expected_counts.json").read_text())
     assert {name: report[name] for name in expected} == expected and report["too_long"] == 0
-    assert list(report)[:10] == OPENR1_COUNTS
+    assert list(report)[:11] == OPENR1_COUNTS
     assert len(read_rows(tmp_path / "1" / "positives.jsonl")) == expected["positives"]
     assert len(read_rows(tmp_path / "1" / "pairs.jsonl")) == expected["pairs"]
     for name in ("positives.jsonl", "pairs.jsonl", "report.json"):
@@ -144,7 +144,7 @@ def test_openr1_outcome_of_every_kind_of_row(tmp_path):
         openr1_row(generations=["", solution(2), None]),  # no text is neither positive nor negative
     ]
     prepare("openr1", "--input", write_rows(tmp_path / "rows.jsonl", rows), "--output", tmp_path / "out")
-    counts = dict(zip(OPENR1_COUNTS, (17, 2, 1, 2, 2, 3, 1, 6, 3, 0)))
+    counts = dict(zip(OPENR1_COUNTS, (17, 2, 1, 2, 2, 3, 1, 6, 3, 0, 0)))
     assert read_report(tmp_path / "out") == {**counts, "pairs_written": 3}
     pairs = read_rows(tmp_path / "out" / "pairs.jsonl")
     assert pairs[0] == {"prompt": [{"role": "user", "content": "1 + 1?"}],
@@ -171,6 +171,22 @@ def test_pairs_over_the_limits_in_tokens_are_dropped(tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert (report["positives"], report["pairs"], report["too_long"], report["pairs_written"]) == (4, 4, 3, 1)
     assert len(read_rows(out / "positives.jsonl")) == 4 and len(read_rows(out / "pairs.jsonl")) == 1
+
+
+def test_pairs_that_differ_in_text_and_not_in_ids_are_left_out(tmp_path):
+    """train.py refuses a file with such a pair. A tokenizer that normalises, as Qwen's, makes them."""
+    directory = write_tokenizer(tmp_path / "tokenizer", QWEN_TEMPLATE)
+    file = directory / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": {"type": "NFC"}}))
+    composed, decomposed = (solution(2, words) for words in ("caf\u00e9", "cafe\u0301"))
+    rows = write_rows(tmp_path / "rows.jsonl", [
+        openr1_row(generations=[decomposed, composed, solution(4)]), openr1_row()])
+    flags = ("openr1", "--input", rows, "--pairs-per-problem", 2)
+    report = read_report(prepare(*flags, "--output", tmp_path / "out", "--tokenizer", directory))
+    assert (report["pairs"], report["too_long"], report["same_ids"], report["pairs_written"]) == (4, 0, 1, 3)
+    pairs = read_rows(tmp_path / "out" / "pairs.jsonl")
+    assert pairs[0]["rejected"][0]["content"] == solution(4) and len(pairs) == 3
+    assert read_report(prepare(*flags, "--output", tmp_path / "texts"))["pairs_written"] == 4
 
 
 def test_the_prefill_is_counted_as_training_counts_it(tmp_path):

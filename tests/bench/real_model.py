@@ -51,11 +51,12 @@ def main(argv: list[str] | None = None) -> None:
         check_parity(args)
         prepare_rows(args)
         evaluate(args, args.model, args.output / "untrained", 0)
-        sft = args.output / "sft"
-        train(args, "SFT", sft, 0, ["sft"], args.model, args.sft_steps, args.sft_rate)
-        evaluate(args, sft / "final", sft, 0)
+        sft = args.sft or args.output / "sft/final"
+        if not args.sft:
+            train(args, "SFT", args.output / "sft", 0, ["sft"], args.model, args.sft_steps, args.sft_rate)
+        evaluate(args, sft, args.output / "sft", 0)
         for seed in args.seeds:
-            run_stage_2(args, sft / "final", seed)
+            run_stage_2(args, sft, seed)
     table = summarise(args)
     write_json(args.output / "table.json", table)
     print(table_text(table))
@@ -174,7 +175,8 @@ def train(args, kind: str, output: Path, seed: int, method: list[str], start, st
     data = args.output / "data"
     rows, held_out, size = data / "train/pairs.jsonl", data / "eval-pairs.jsonl", args.pairs
     if method[0] == "sft":
-        rows, held_out, size = data / "train/positives.jsonl", data / "eval-chosen.jsonl", 2 * args.pairs
+        rows, held_out = data / "train/positives.jsonl", data / "eval-chosen.jsonl"
+        size = args.sft_batch_size if kind == "SFT" else 2 * args.pairs
     run(args, kind, output, "train.py", *method, "--model", start, "--data", rows, "--output", output, "--steps", steps,
         "--lr", f"{rate:g}", "--batch-size", size, "--seed", seed, "--eval-data", held_out, "--eval-every",
         args.eval_every, "--max-tokens", args.max_prompt_tokens + args.max_response_tokens, "--micro-batch-tokens",
@@ -361,10 +363,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-prompt-tokens", type=positive_int, default=192, help="rows with a longer prompt are not trained on")
     add("--max-response-tokens", type=positive_int, default=192, help="pairs with a longer response are left out")
     add("--prepare-flags", default="", help="more for prepare_data.py, as in --prepare-flags='--pairs-per-problem 3'")
-    add("--sft-steps", type=positive_int, default=60, help="updates of SFT, on twice --pairs rows each")
+    add("--sft", type=Path, metavar="DIRECTORY", help="begin stage 2 from this model instead of making one by SFT")
+    add("--sft-steps", type=positive_int, default=60, help="updates of SFT")
+    add("--sft-batch-size", type=positive_int, default=8, help="rows an update of SFT")
     add("--sft-rate", type=positive, default=2e-4, help="peak learning rate of SFT")
     add("--steps", type=positive_int, default=24, help="updates of stage 2")
-    add("--pairs", type=positive_int, default=4, help="pairs an update; SFT takes twice as many rows")
+    add("--pairs", type=positive_int, default=4, help="pairs an update; SFT continued takes twice as many rows")
     add("--rates", type=positive, nargs="+", default=[3e-5, 2e-4], help="peak learning rates of stage 2")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of stage 2")
     add("--seeds", type=count, nargs="+", default=[0, 1, 2], help="of the order of the rows, and of samples")
