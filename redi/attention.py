@@ -7,9 +7,6 @@ Queries are (T, H, D), keys and values (T, K, D) with H a multiple of K (grouped
 head h reads key/value head h // (H / K). Scores are scaled by 1 / sqrt(D).
 """
 
-import functools
-import inspect
-
 import torch
 import torch.nn.functional as F
 
@@ -20,6 +17,9 @@ ATTENTION_OPS = {
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
 }
+
+
+VARLEN_HAS_GQA = torch.__version__ >= (2, 12)  # varlen_attn takes fewer key/value heads as they are
 
 
 def uses_flash(q: torch.Tensor) -> bool:
@@ -61,21 +61,13 @@ def _packed_flash(q, k, v, cu_seqlens, max_seqlen):
 
     options = {}
     if q.shape[1] != k.shape[1]:
-        if _varlen_has_gqa():
+        if VARLEN_HAS_GQA:
             options["enable_gqa"] = True
         else:
             k, v = _expand_heads(q, k, v)
     return varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **options
     )
-
-
-@functools.cache
-def _varlen_has_gqa() -> bool:
-    """Whether this torch takes fewer key/value heads as they are: 2.12 does, 2.11 does not."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _expand_heads(q, k, v):

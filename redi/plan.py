@@ -3,7 +3,9 @@
     python train.py redi --model DIR --data pairs.jsonl --output out/redi --plan --world-size 8
 
 Rows are tokenised and dealt out to ranks by the functions that training uses; weights are never read. The
-memory is a count of tensors, as torch.cuda.max_memory_allocated sees them, without torch.compile.
+memory is a count of tensors, as torch.cuda.max_memory_allocated sees them, without torch.compile. On one H200 the
+shape of Qwen2.5-Math-1.5B trained at 0.41 of 989 TFLOP/s and held 35.4 GiB where 36.6 were counted; where a step is one
+micro-batch, gradients come after the fullest moment, and it held 29.6 where 36.5 were counted.
 On one core of a cloud machine (AMD EPYC), models of 12M and 135M parameters trained in fp32 at 0.6 of the 0.09 TFLOP/s
 of matrix products (0.054 to 0.061), and their processes held 0.7 to 1.2 GiB beside the tensors.
 """

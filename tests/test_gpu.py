@@ -93,13 +93,16 @@ def test_the_gradient_of_the_head_is_summed_in_place():
     assert torch.cuda.max_memory_allocated() - before < 2 * logits + 1.6 * in_fp32
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_decoding_with_a_cache_equals_the_full_forward(monkeypatch, dtype, tolerance):
-    """Every step's logits, in bf16 from a CUDA graph: rows of different lengths, rows that move, a growing cache."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_with_a_cache_equals_the_full_forward(monkeypatch, dtype):
+    """Every step's logits, in bf16 from a CUDA graph: rows of different lengths, rows that move, a growing cache.
+
+    They are to be as near to fp32 as a full forward in the same dtype on the CPU is: this model's logits are far from
+    uniform, and bf16 errs by 2 % of the largest one on average, by 12 % once in 694 tokens."""
     monkeypatch.setattr(generation, "CACHE_BLOCK", 8)
     model = tiny_model(head_dim=8).to(dtype)
-    exact = copy.deepcopy(model).float()
-    requests, seen = make_requests(count=11), {}
+    rounded, exact = copy.deepcopy(model), copy.deepcopy(model).float()
+    requests, seen, ours, plain = make_requests(count=11), {}, [], []
     original = generation.sample
 
     def recording(logits, keys, positions, *rest):
@@ -112,9 +115,14 @@ def test_decoding_with_a_cache_equals_the_full_forward(monkeypatch, dtype, toler
     assert uses_flash(model.head_weight.new_empty(1, 1, 8)) == (dtype == torch.bfloat16)
     for index, ids, _ in generate(model, requests, stop_ids=(5,), rows=6):
         prompt, key = requests[index].prompt_ids, requests[index].key
-        expected = full_logits(exact, prompt + ids)
+        expected, alike = full_logits(exact, prompt + ids), full_logits(rounded, prompt + ids)
         for position in range(len(prompt), len(prompt) + len(ids)):
-            assert near(seen[key, position], expected[position - 1], tolerance)
+            right = expected[position - 1]
+            ours.append((seen[key, position] - right).abs().max() / right.abs().max())
+            plain.append((alike[position - 1] - right).abs().max() / right.abs().max())
+    ours, plain = torch.stack(ours), torch.stack(plain)
+    assert ours.mean() <= 1.5 * plain.mean() + 1e-5
+    assert ours.max() <= 2 * plain.max() + 1e-4
 
 
 def test_samples_do_not_depend_on_growth_or_on_moved_rows(monkeypatch):

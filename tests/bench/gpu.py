@@ -24,6 +24,7 @@ import gc
 import importlib.util
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,7 @@ from redi.tokenizer import Tokenizer  # noqa: E402
 
 METHODS = ["sft", "redi", "dpo", "simpo"]
 SAMPLING = {"sampling-64": 64, "sampling-256": 256}  # rows
-PARTS = ["backends", *METHODS, "longest", *SAMPLING]  # each within 8 minutes, by estimate: none was run on a GPU yet
+PARTS = ["backends", *METHODS, "longest", *SAMPLING]
 QWEN_MATH_1_5B = {
     "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
     "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 32_768,
@@ -75,6 +76,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
                         help=", ".join(PARTS) + " (default: all)")
+    parser.add_argument("--peers", nargs="*", choices=PARTS, default=PARTS, metavar="PART",
+                        help="of these parts, those that are measured beside transformers too (default: all that can)")
+    parser.add_argument("--model", type=Path,
+                        help="directory of the random weights, 3 GB: made where it is not there, and kept")
     parser.add_argument("--dry-run", action="store_true", help="a tiny shape and short rows, on a CPU too")
     parser.add_argument("--pairs", type=int, default=32, help="per optimiser step (sft: their 64 responses)")
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps; the first one is not counted")
@@ -94,7 +99,10 @@ def main() -> None:
         compare_backends(device)
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
-        write_model_directory(directory / "model", TINY if args.dry_run else QWEN_MATH_1_5B, torch.bfloat16)
+        args.model = args.model or directory / "model"
+        if not args.model.exists():  # half a minute
+            write_model_directory(directory / "unfinished", TINY if args.dry_run else QWEN_MATH_1_5B, torch.bfloat16)
+            shutil.move(directory / "unfinished", args.model)
         for method in METHODS:
             if method in args.parts:
                 measure_training(directory, method, args)
@@ -102,7 +110,7 @@ def main() -> None:
             measure_longest(directory, args)
         for part, rows in SAMPLING.items():
             if part in args.parts:
-                measure_sampling(directory / "model", rows // 16 if args.dry_run else rows, args)
+                measure_sampling(args.model, part, rows // 16 if args.dry_run else rows, args)
 
 
 @torch.no_grad()
@@ -156,23 +164,23 @@ def measure_training(directory: Path, method: str, args) -> None:
     prompts = (40, 800)
     if args.dry_run:
         lengths, prompts = lengths / 100, (2, 8)
-    print(run_training(directory, method, lengths.astype(int), prompts, args.pairs, args))
+    print(run_training(directory, method, method, lengths.astype(int), prompts, args.pairs, args))
 
 
 def measure_longest(directory: Path, args) -> None:
     """One pair as long as the defaults of train.py let through: 2 x 19,800 tokens."""
     longest, prompt = (190, 8) if args.dry_run else (18_999, 800)  # one more token ends a response
     lengths = np.full((args.steps, 2), longest)
-    print("longest pair alone, " + run_training(directory, "redi", lengths, (prompt, prompt), 1, args))
+    print("longest pair alone, " + run_training(directory, "longest", "redi", lengths, (prompt, prompt), 1, args))
 
 
-def run_training(directory: Path, method: str, lengths: np.ndarray, prompts, pairs: int, args) -> str:
+def run_training(directory: Path, part: str, method: str, lengths: np.ndarray, prompts, pairs: int, args) -> str:
     """Run train.py on pairs of these response lengths, and put its metrics into words."""
     files = write_rows(directory, lengths, prompts, TINY["vocab_size"])
     output = directory / "output"
     data = files["sft" if method == "sft" else "pairs"]
     flags = [
-        method, "--model", str(directory / "model"), "--data", str(data),
+        method, "--model", str(args.model), "--data", str(data),
         "--output", str(output), "--overwrite", "--steps", str(args.steps), "--save-every", "0",
         "--batch-size", str(pairs * (2 if method == "sft" else 1)), "--dtype", "bfloat16", *args.train_flags,
     ]
@@ -180,8 +188,8 @@ def run_training(directory: Path, method: str, lengths: np.ndarray, prompts, pai
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
 
     train_args = train.parse_args(flags)
-    model_config = load_config(directory / "model")
-    dataset = train.load_data(train_args, train_args.data, Tokenizer.from_pretrained(directory / "model"),
+    model_config = load_config(args.model)
+    dataset = train.load_data(train_args, train_args.data, Tokenizer.from_pretrained(args.model),
                               model_config.max_position_embeddings)
     assert len(dataset) == lengths.size // dataset.sequences_per_example, "rows were left out"
     batches = []  # of each step but the first: its sequences' tokens and labels
@@ -202,10 +210,10 @@ def run_training(directory: Path, method: str, lengths: np.ndarray, prompts, pai
 
     ours = [row["seconds"] for row in metrics]
     text = f"{method}: {words(ours, metrics[-1]['peak_memory_gib'])}"
-    if method not in ("sft", "redi"):
+    if method not in ("sft", "redi") or part not in args.peers:
         return text
     try:
-        theirs, peak_memory = plain_steps(directory / "model", batches, args.device)
+        theirs, peak_memory = plain_steps(args.model, batches, args.device)
     except (ImportError, torch.OutOfMemoryError) as error:
         return f"{text}\n    plain transformers: {type(error).__name__}: {error}"
     return (f"{text}\n    plain transformers: {words(theirs, peak_memory)}\n    ours / plain, steps in order: "
@@ -258,11 +266,11 @@ def plain_step(model, optimizer, lengths: list[int], labels: list[int]) -> None:
     optimizer.zero_grad()
 
 
-def measure_sampling(directory: Path, rows: int, args) -> None:
+def measure_sampling(directory: Path, part: str, rows: int, args) -> None:
     """Tokens a second of decoding: even rows, and uneven ones whose mean is half of the longest."""
     model = load_pretrained(directory, device=args.device, dtype=torch.bfloat16)
     try:
-        plain = load_plain(directory, args.device, torch.bfloat16)
+        plain = load_plain(directory, args.device, torch.bfloat16) if part in args.peers else None
     except ImportError as error:
         plain = print(f"nothing beside ours: {error}")
     config, scale = model.config, 100 if args.dry_run else 1

@@ -7,19 +7,21 @@ TRACES: a parquet or JSONL file, or a directory of them, laid out as OpenR1-Math
 generations. Some problems are held out before anything else: their pairs give the held-out LogPS, and every model is
 evaluated on some of them. From one SFT model each method takes as many updates on as many sequences (a pair is two) at
 each rate and seed, which is that of the order of the rows and of the samples; SFT continued is the control. train.py,
-evaluate.py and prepare_data.py run as they are, one after the other. At the end come a table and a figure; what is
-done is kept, and the same command continues.
+evaluate.py and prepare_data.py run as they are, one after the other, or --jobs of them side by side. At the end come a
+table and a figure; what is done is kept, and the same command continues.
 """
 
 import argparse
-import contextlib
 import hashlib
 import importlib.util
 import os
-import resource
 import shlex
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +40,10 @@ METHODS = {  # name: title, arguments of train.py, colour (Okabe and Ito's) and 
     "symmetric": ("symmetric, α 1", ["redi", "--alpha", "1"], "#D55E00", "--"),
     "dpo": ("DPO, β 0.1", ["dpo", "--beta", "0.1"], "#009E73", "-."),
 }
-MAY_CHANGE = ("output", "rates", "methods", "seeds", "problems", "samples", "threads", "keep_models", "part", "table")
+MAY_CHANGE = ("output", "rates", "methods", "seeds", "problems", "samples", "threads", "jobs", "keep_models", "part",
+              "table")  # fmt: skip
 LOGPS = {"eval_chosen_logp": "chosen", "eval_rejected_logp": "rejected"}
+COSTS = threading.Lock()  # of OUTPUT/costs.json
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,19 +54,27 @@ def main(argv: list[str] | None = None) -> None:
         split_problems(args)
         check_parity(args)
         prepare_rows(args)
-        evaluate(args, args.model, args.output / "untrained", 0)
         sft = args.sft or args.output / "sft/final"
-        if not args.sft:
-            train(args, "SFT", args.output / "sft", 0, ["sft"], args.model, args.sft_steps, args.sft_rate)
-        evaluate(args, sft, args.output / "sft", 0)
-        for seed in args.seeds:
-            run_stage_2(args, sft, seed)
+        untrained = partial(evaluate, args, args.model, args.output / "untrained", 0)
+        side_by_side(args, [untrained, partial(run_stage_1, args, sft)])
+        side_by_side(args, [partial(run_stage_2, args, sft, seed, name, rate)
+                            for seed in args.seeds for rate in args.rates for name in args.methods])  # fmt: skip
     table = summarise(args)
     write_json(args.output / "table.json", table)
     print(table_text(table))
     if importlib.util.find_spec("matplotlib") is None:
         return print("for the figure install matplotlib and run this again")
     draw(args, args.output / "curves.png")
+
+
+def side_by_side(args, tasks: list[Callable[[], None]]) -> None:
+    """--jobs of them at a time. Where one fails or the user interrupts, those that have not begun do not."""
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        for future in [pool.submit(task) for task in tasks]:
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def keep_settings(args) -> None:
@@ -152,17 +164,20 @@ def prepare_rows(args) -> None:
         file.writelines(map(json_line, pairs))
 
 
-def run_stage_2(args, sft: Path, seed: int) -> None:
-    """Every method at every rate, with one seed."""
-    for rate in args.rates:
-        for name in args.methods:
-            output = stage_2(args, seed, name, rate)
-            if is_evaluated(args, output):  # its weights may be gone
-                continue
-            train(args, "stage 2", output, seed, METHODS[name][1], sft, args.steps, rate)
-            evaluate(args, output / "final", output, seed)
-            if not args.keep_models:
-                (output / "final/model.safetensors").unlink()
+def run_stage_1(args, sft: Path) -> None:
+    if not args.sft:
+        train(args, "SFT", args.output / "sft", 0, ["sft"], args.model, args.sft_steps, args.sft_rate)
+    evaluate(args, sft, args.output / "sft", 0)
+
+
+def run_stage_2(args, sft: Path, seed: int, name: str, rate: float) -> None:
+    output = stage_2(args, seed, name, rate)
+    if is_evaluated(args, output):  # its weights may be gone
+        return
+    train(args, "stage 2", output, seed, METHODS[name][1], sft, args.steps, rate)
+    evaluate(args, output / "final", output, seed)
+    if not args.keep_models:
+        (output / "final/model.safetensors").unlink()
 
 
 def stage_2(args, seed: int, name: str, rate: float) -> Path:
@@ -180,7 +195,7 @@ def train(args, kind: str, output: Path, seed: int, method: list[str], start, st
     run(args, kind, output, "train.py", *method, "--model", start, "--data", rows, "--output", output, "--steps", steps,
         "--lr", f"{rate:g}", "--batch-size", size, "--seed", seed, "--eval-data", held_out, "--eval-every",
         args.eval_every, "--max-tokens", args.max_prompt_tokens + args.max_response_tokens, "--micro-batch-tokens",
-        args.micro_batch_tokens, "--recompute", "nothing", "--save-every", 0, "--dtype", "float32",
+        args.micro_batch_tokens, "--recompute", "nothing", "--save-every", 0, "--dtype", args.dtype,
         "--resume")  # fmt: skip
 
 
@@ -191,7 +206,7 @@ def evaluate(args, model, output: Path, seed: int) -> None:
             args.output / "data/problems.jsonl", "--limit", args.problems, "--output", output / "eval", "--samples",
             args.samples, "--rows", args.decoded_together,
             "--temperature", args.temperature, "--max-new-tokens", args.max_new_tokens, "--seed", seed,
-            "--threads", args.threads, "--dtype", "float32")  # fmt: skip
+            "--threads", args.threads, "--dtype", args.dtype)  # fmt: skip
 
 
 def is_evaluated(args, output: Path) -> bool:
@@ -216,30 +231,23 @@ def run(args, kind: str, output: Path, *command) -> None:
     log = output.with_name(f"{output.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{command[0]} -> {output}", flush=True)
-    with spending(args, kind), open(log, "ab") as file:
+    with open(log, "ab") as file:
         arguments = [sys.executable, ROOT / command[0], *map(str, command[1:])]
         environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
         process = subprocess.Popen(arguments, stdout=file, stderr=file, env=environment)
         try:
-            status = process.wait()
+            _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             process.wait()
             raise
-    if status:
-        sys.exit(f"{log.read_text()[-2000:]}\nerror: {command[0]} ended with status {status}; its words are in {log}")
-
-
-@contextlib.contextmanager
-def spending(args, kind: str):
-    """Add the CPU seconds of the processes that end in this block to OUTPUT/costs.json."""
-    start = resource.getrusage(resource.RUSAGE_CHILDREN)
-    try:
-        yield
-    finally:
-        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    with COSTS:
         costs = read_if_there(args.output / "costs.json")
-        spent = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
+        spent = usage.ru_utime + usage.ru_stime
         write_json(args.output / "costs.json", {**costs, kind: round(costs.get(kind, 0) + spent)})
+    if process.returncode:
+        words = log.read_text(errors="replace")[-2000:]
+        sys.exit(f"{words}\nerror: {command[0]} ended with status {process.returncode}; its words are in {log}")
 
 
 def read_if_there(path: Path) -> dict:
@@ -377,6 +385,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=positive_int, default=192, help="of a sample")
     add("--decoded-together", type=positive_int, default=64, help="samples side by side in evaluation")
     add("--micro-batch-tokens", type=positive_int, default=1024, help="tokens in memory at once")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation; bfloat16 on a GPU")
+    add("--jobs", type=positive_int, default=1, help="runs side by side")
     add("--threads", type=positive_int, default=os.cpu_count(), help="of each command; other numbers round differently")
     add("--keep-models", action="store_true", help="keep the weights of stage 2 when they have been evaluated")
     add("--part", choices=("all", "first half", "second half"), default="all", help="of the problems, for the table")
