@@ -17,8 +17,6 @@ ATTENTION_OPS = {
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
 }
-
-
 VARLEN_HAS_GQA = torch.__version__ >= (2, 12)  # varlen_attn takes fewer key/value heads as they are
 
 

@@ -25,6 +25,17 @@ def test_a_dry_run_prints_ours_beside_what_one_would_write_with_transformers():
     assert "out of memory" not in done.stdout and "sft" not in done.stdout and "8 rows" not in done.stdout
 
 
+def test_peers_are_left_out_and_weights_are_kept_where_asked(tmp_path):
+    flags = "--dry-run", "--pairs", "2", "--steps", "2", "--parts", "simpo", "redi", "--peers", "simpo"
+    written = []
+    for _ in range(2):
+        done = bench(*flags, "--model", str(tmp_path / "model"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "redi: " in done.stdout and "plain transformers" not in done.stdout
+        written.append((tmp_path / "model" / "model.safetensors").stat().st_mtime_ns)
+    assert written[0] == written[1]
+
+
 def test_without_a_gpu_only_the_dry_run_is_taken():
     done = bench("--parts", "redi")
     assert done.returncode == 2 and "no GPU is visible to torch; --dry-run checks this script" in done.stderr

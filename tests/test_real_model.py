@@ -6,6 +6,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from bench import real_model
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ["--rows", 80, "--held-out", 10, "--eval-pairs", 3, "--eval-every", 1, "--sft-steps", 2, "--steps", 3,
          "--pairs", 2, "--max-new-tokens", 8, "--methods", "sft-continued", "redi", "--rates", "1e-3", "--seeds", 4,
-         "--threads", 1, "--max-prompt-tokens", 400, "--max-response-tokens", 400]  # fmt: skip
+         "--threads", 1, "--jobs", 2, "--max-prompt-tokens", 400, "--max-response-tokens", 400]  # fmt: skip
 
 
 def rows(path: Path) -> list[dict]:
@@ -63,6 +65,19 @@ def test_too_few_problems(tmp_path):
     args.output.mkdir()
     with pytest.raises(ValueError, match="1 usable problems, too few to hold out 200"):
         real_model.split_problems(args)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_runs_are_side_by_side_and_none_begins_after_a_failure(tmp_path, jobs):
+    args, meeting, begun = arguments(tmp_path, "--jobs", jobs), threading.Barrier(jobs), []
+
+    def fail():
+        meeting.wait(60)  # where so many run at once, all pass
+        raise SystemExit("it failed")
+
+    with pytest.raises(SystemExit, match="it failed"):
+        real_model.side_by_side(args, [fail] * jobs + [partial(begun.append, i) for i in range(100)])
+    assert not begun
 
 
 def test_an_output_is_of_one_setting(tmp_path):

@@ -110,7 +110,7 @@ def main() -> None:
             measure_longest(directory, args)
         for part, rows in SAMPLING.items():
             if part in args.parts:
-                measure_sampling(args.model, part, rows // 16 if args.dry_run else rows, args)
+                measure_sampling(part, rows // 16 if args.dry_run else rows, args)
 
 
 @torch.no_grad()
@@ -164,18 +164,19 @@ def measure_training(directory: Path, method: str, args) -> None:
     prompts = (40, 800)
     if args.dry_run:
         lengths, prompts = lengths / 100, (2, 8)
-    print(run_training(directory, method, method, lengths.astype(int), prompts, args.pairs, args))
+    print(run_training(directory, method, lengths.astype(int), prompts, args.pairs, args))
 
 
 def measure_longest(directory: Path, args) -> None:
     """One pair as long as the defaults of train.py let through: 2 x 19,800 tokens."""
     longest, prompt = (190, 8) if args.dry_run else (18_999, 800)  # one more token ends a response
     lengths = np.full((args.steps, 2), longest)
-    print("longest pair alone, " + run_training(directory, "longest", "redi", lengths, (prompt, prompt), 1, args))
+    print("longest pair alone, " + run_training(directory, "longest", lengths, (prompt, prompt), 1, args))
 
 
-def run_training(directory: Path, part: str, method: str, lengths: np.ndarray, prompts, pairs: int, args) -> str:
+def run_training(directory: Path, part: str, lengths: np.ndarray, prompts, pairs: int, args) -> str:
     """Run train.py on pairs of these response lengths, and put its metrics into words."""
+    method = "redi" if part == "longest" else part
     files = write_rows(directory, lengths, prompts, TINY["vocab_size"])
     output = directory / "output"
     data = files["sft" if method == "sft" else "pairs"]
@@ -266,11 +267,11 @@ def plain_step(model, optimizer, lengths: list[int], labels: list[int]) -> None:
     optimizer.zero_grad()
 
 
-def measure_sampling(directory: Path, part: str, rows: int, args) -> None:
+def measure_sampling(part: str, rows: int, args) -> None:
     """Tokens a second of decoding: even rows, and uneven ones whose mean is half of the longest."""
-    model = load_pretrained(directory, device=args.device, dtype=torch.bfloat16)
+    model = load_pretrained(args.model, device=args.device, dtype=torch.bfloat16)
     try:
-        plain = load_plain(directory, args.device, torch.bfloat16) if part in args.peers else None
+        plain = load_plain(args.model, args.device, torch.bfloat16) if part in args.peers else None
     except ImportError as error:
         plain = print(f"nothing beside ours: {error}")
     config, scale = model.config, 100 if args.dry_run else 1

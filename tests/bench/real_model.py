@@ -69,9 +69,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def side_by_side(args, tasks: list[Callable[[], None]]) -> None:
     """--jobs of them at a time. Where one fails or the user interrupts, those that have not begun do not."""
-    pool = ThreadPoolExecutor(args.jobs)
+    pool, failed = ThreadPoolExecutor(args.jobs), threading.Event()
+
+    def attempt(task):
+        if failed.is_set():
+            return
+        try:
+            task()
+        except BaseException:
+            failed.set()  # here and not where the result is read: this thread takes its next task before that
+            raise
+
     try:
-        for future in [pool.submit(task) for task in tasks]:
+        for future in [pool.submit(attempt, task) for task in tasks]:
             future.result()
     finally:
         pool.shutdown(cancel_futures=True)
