@@ -1,6 +1,7 @@
 """What the commands have in common: flags, one sentence for an error, exit status, signals. Imports no torch."""
 
 import argparse
+import atexit
 import math
 import os
 import signal
@@ -56,29 +57,47 @@ class Interrupted(BaseException):
 
 
 def run_command(main: Callable[[], None], when_interrupted: str = "interrupted") -> None:
-    """Call main(), and end the process with status 1 after one sentence for a ValueError or OSError, or with
-    128 + its number for SIGINT and SIGTERM, which raise Interrupted in main unless main handles them itself."""
+    """Call main(), and end the process: with status 0 or that of a SystemExit, with 1 after one sentence for a
+    ValueError or OSError, or with 128 + its number for SIGINT and SIGTERM, which raise Interrupted in main unless
+    main handles them itself.
+
+    The interpreter is not shut down: a thread of Gloo's that frees the tensors of the last collective meanwhile aborts
+    the process (pytorch issue 190489), and FSDP keeps these threads alive beyond destroy_process_group.
+    """
     for number in SIGNALS:
         signal.signal(number, _raise_interrupted)
     # The ranks of a machine have the same to say, and the first of them says it. Another machine may lack a file.
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    status = 0
     try:
         try:
             main()
+            sys.stdout.flush()
         except (ValueError, OSError) as error:
             if speaks:
                 print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+            status = 1
+        except SystemExit as end:
+            if not isinstance(end.code, int):
+                raise  # a text, for the interpreter to print
+            status = end.code
         finally:
             _leave_to_the_system()
     except Interrupted as interruption:
         _leave_to_the_system()
-        try:
-            if speaks:
-                print(when_interrupted, file=sys.stderr)
-            sys.stdout.flush()
-        finally:
-            os._exit(128 + interruption.number)  # the interpreter's own end would wait for every thread and worker
+        # Without what atexit has to do, which would wait for threads and workers.
+        _end(128 + interruption.number, when_interrupted if speaks else "")
+    atexit._run_exitfuncs()
+    _end(status)
+
+
+def _end(status: int, words: str = "") -> None:
+    try:
+        if words:
+            print(words, file=sys.stderr)
+        sys.stdout.flush()
+    finally:
+        os._exit(status)
 
 
 def _raise_interrupted(number: int, frame) -> None:

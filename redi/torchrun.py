@@ -1,10 +1,9 @@
-"""Joining the processes that torchrun started, and leaving them: restarts, orphans, Gloo's last threads."""
+"""Joining the processes that torchrun started, and leaving them: restarts and orphans."""
 
 import atexit
 import os
 import sys
 import threading
-import time
 
 import torch.distributed as dist
 
@@ -28,11 +27,8 @@ def restarts() -> int:
 
 
 def _leave() -> None:
-    """Before the interpreter shuts down, let Gloo's threads have it once more: they free the tensors of the last
-    collective, and coming too late for that aborted one finished run in seven. After an unexpected error other
-    ranks may be in the middle of something, which NCCL would await."""
+    """After an unexpected error other ranks may be in the middle of something, which NCCL would await."""
     if dist.is_initialized() and not hasattr(sys, "last_type"):
-        time.sleep(0.1)
         dist.destroy_process_group()
 
 

@@ -19,8 +19,9 @@ def start(body: str) -> subprocess.Popen:
     """run_command over a function of these lines, in a process of its own."""
     lines = "\n    ".join(body.strip().splitlines())
     script = f"import os, signal, sys, time\nfrom redi.command import *\ndef main():\n    {lines}\nrun_command(main)"
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
     return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
 def end(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -122,3 +123,26 @@ def test_a_signal_waits_for_what_is_not_fit_to_be_broken_off():
 @pytest.mark.parametrize("error", ["ValueError('no such thing')", "OSError('no such thing')"])
 def test_an_error_is_one_sentence(error):
     assert end(start(f"raise {error}")) == (1, "", "error: no such thing\n")
+
+
+@pytest.mark.parametrize("body, status", [("print('done')", 0), ("print('done')\nsys.exit(143)", 143),
+                                          ("print('done')\nraise ValueError('no')", 1)])
+def test_the_interpreter_is_not_shut_down(body, status):
+    """A thread of Gloo's that needs it meanwhile aborts the process. What atexit has to do is done all the same."""
+    process = start(f"""
+import atexit
+atexit.register(print, 'at exit')
+class Late:
+    def __del__(self, end=os._exit):
+        end(99)
+sys.late = Late()
+{body}
+""")
+    assert end(process)[:2] == (status, "done\nat exit\n")
+
+
+def test_a_closed_output_is_an_error():
+    process = start("sys.stdin.read(1)\nprint('done')")
+    process.stdout.close()
+    process.stdin.write("\n"), process.stdin.flush()
+    assert process.wait(30) == 1 and "Broken pipe" in process.stderr.read()

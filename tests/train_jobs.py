@@ -19,12 +19,12 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import train
 from redi import checkpoint, distributed
+from redi.command import run_command
 from redi.tokenizer import Tokenizer
 
 
@@ -107,8 +107,7 @@ def main() -> None:
         outcomes.append(distributed.gather(run(job)))
         if distributed.rank() == 0:
             Path(f"{path}.outcomes").write_text(json.dumps(outcomes))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -44,6 +44,7 @@ from training import write_model_directory, write_rows  # noqa: E402
 
 import train  # noqa: E402
 from redi.attention import cached_attention, packed_attention  # noqa: E402
+from redi.command import run_command  # noqa: E402
 from redi.data import step_rows  # noqa: E402
 from redi.generation import CACHE_BLOCK, Request, generate  # noqa: E402
 from redi.losses import token_logps  # noqa: E402
@@ -334,4 +335,4 @@ def synchronize(device: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
