@@ -17,6 +17,14 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip, before its fixtures are made, a test marked with libraries that are not installed."""
+    for mark in item.iter_markers("peers"):
+        for library in mark.args:
+            pytest.importorskip(library, reason="needs the libraries of tests/requirements.txt")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real problems, traces and answers that stands beside a development checkout."""

@@ -14,8 +14,8 @@ def bench(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.peers("transformers")
 def test_a_dry_run_prints_ours_beside_what_one_would_write_with_transformers():
-    pytest.importorskip("transformers", reason="what the benchmark compares with: tests/requirements.txt")
     done = bench("--dry-run", "--pairs", "2", "--steps", "2", "--parts", "backends", "redi", "sampling-64")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("are within") == 3

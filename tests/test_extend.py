@@ -33,11 +33,26 @@ def edit(path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def train(copy, method: str, *flags: str, output="out", ok: bool = True) -> str:
-    words = [method, "--model", "model", "--data", "pairs.jsonl", "--output", output, "--batch-size", "4", *flags]
-    run = subprocess.run([sys.executable, "train.py", *words], cwd=copy, capture_output=True, text=True, timeout=300)
-    assert (run.returncode == 0) == ok, run.stderr
-    return run.stdout if ok else run.stderr
+SEVERAL = """
+import sys
+import train
+for line in sys.stdin:
+    try:
+        train.main(line.split())
+    except (ValueError, SystemExit) as end:
+        print(f"error: {end}")
+    print(end="\\0")
+"""
+
+
+def train(copy, *commands: str) -> list[str]:
+    """What each of these commands of train.py prints, one after another in one process of the copy's."""
+    words = "--model model --data pairs.jsonl --output out --batch-size 4"  # a later --output replaces this one
+    lines = "".join(f"{command.replace(' ', f' {words} ', 1)}\n" for command in commands)
+    run = subprocess.run([sys.executable, "-c", SEVERAL], cwd=copy, input=lines, capture_output=True, text=True,
+                         timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split("\0")[:-1]
 
 
 def metrics(copy, output="out") -> list[dict]:
@@ -51,30 +66,33 @@ def test_a_new_objective_as_readme_adds_it(copy):
         file.write("\n\n" + loss)
     edit(copy / "train.py", '    "simpo": Method(\n', f'{entry}    "simpo": Method(\n')
 
-    shown = train(copy, "ln-dpo", "--help")
+    settings = "--epochs 2 --lr 1e-3 --save-every 2"
+    shown, planned, _, *refused = train(
+        copy, "ln-dpo --help", "ln-dpo --plan --epochs 1", f"ln-dpo --output whole {settings}", "ln-dpo --gamma=3",
+        "ln-dpo --label-smoothing=0.1", "ln-dpo --alpha=1", "sft --beta=2")
     assert "scale of the margin per token (default: 2.0)" in shown and "--gamma" not in shown and "3e-07" in shown
-    assert re.search(r"steps +2 of 4", train(copy, "ln-dpo", "--plan", "--epochs", "1"))
-    settings = ["--epochs", "2", "--lr", "1e-3", "--save-every", "2"]
-    train(copy, "ln-dpo", *settings, output="whole")
+    assert re.search(r"steps +2 of 4", planned)
     rows = metrics(copy, "whole")
     assert len(rows) == 4 and rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert len(list(copy.glob("pairs.jsonl.reference-*"))) == 1
+    assert refused == [
+        "error: ln-dpo has no flag --gamma: it is for simpo\n",
+        "error: ln-dpo has no flag --label-smoothing: it is for dpo\n",
+        "error: ln-dpo has no flag --alpha: it is for redi\n",
+        "error: sft has no flag --beta: it is for dpo and ln-dpo and simpo\n",
+    ]
+    assert not (copy / "out").exists()
 
     shutil.copytree(copy / "whole", copy / "cut")
     for name in ("final", "step-000004"):
         shutil.rmtree(copy / "cut" / name)
-    refused = train(copy, "ln-dpo", *settings, "--beta", "1", "--resume", output="cut", ok=False)
+    again = f"ln-dpo --output cut {settings} --resume"
+    refused, resumed = train(copy, f"{again} --beta 1", again)
     assert "was begun with --beta 2.0, not 1.0; a resumed run keeps its settings" in refused
-    assert "from step 2" in train(copy, "ln-dpo", *settings, "--resume", output="cut")
+    assert "from step 2" in resumed
     final = "final/model.safetensors"
     assert (copy / "cut" / final).read_bytes() == (copy / "whole" / final).read_bytes()
-
-    for flag, owners in (("--gamma=3", "simpo"), ("--label-smoothing=0.1", "dpo"), ("--alpha=1", "redi")):
-        refused = train(copy, "ln-dpo", flag, output="refused", ok=False)
-        assert refused == f"error: ln-dpo has no flag {flag.partition('=')[0]}: it is for {owners}\n"
-    assert train(copy, "sft", "--beta=2", output="refused", ok=False).endswith("it is for dpo and ln-dpo and simpo\n")
-    assert not (copy / "refused").exists()
 
 
 def test_a_new_metric_in_two_files(copy):
@@ -100,7 +118,7 @@ def test_a_new_metric_in_two_files(copy):
          "            sums, _ = sequence_logps(entropies, micro.labels, micro.cu_seqlens)\n"
          "            for name, mean in zip((\"chosen_entropy\", \"rejected_entropy\"), (sums / lengths).chunk(2)):\n"
          "                totals[name] += micro.weight / len(rows) * mean.sum()\n")
-    train(copy, "redi", "--steps", "1", "--batch-size", "8", "--micro-batch-tokens", "300")
+    train(copy, "redi --steps 1 --batch-size 8 --micro-batch-tokens 300")
     row, = metrics(copy)
 
     model, tokenizer = load_pretrained(copy / "model"), Tokenizer.from_pretrained(copy / "model")

@@ -31,6 +31,7 @@ PEERS = "needs the libraries of tests/requirements.txt"
 transformers = pytest.importorskip("transformers", reason=PEERS)
 datasets = pytest.importorskip("datasets", reason=PEERS)
 trl_data = pytest.importorskip("trl.data_utils", reason=PEERS)
+pytestmark = pytest.mark.peers
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(

@@ -48,7 +48,6 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """Figures that were drawn, by file name, beside what is written."""
-    pytest.importorskip("matplotlib", reason="needs the libraries of tests/requirements.txt")
     figures, save = {}, plot.save_figure
 
     def keep(figure, path):
@@ -82,6 +81,7 @@ def labels(figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+@pytest.mark.peers("matplotlib")
 def test_the_panels_hold_the_runs_numbers(tmp_path, drawn, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pair_rows = [
@@ -148,6 +148,7 @@ def test_the_panels_hold_the_runs_numbers(tmp_path, drawn, monkeypatch):
     assert all(axes.get_xlim()[0] < 0 and axes.get_xlim()[1] > 6 for axes in drawn["a.png"].axes)
 
 
+@pytest.mark.peers("matplotlib")
 def test_error_bars_are_over_samples_or_else_over_problems(tmp_path, drawn):
     run = write_log(tmp_path / "run", [{"step": s, "chosen_logp": -1.0} for s in (1, 2, 3, 4)])
     rows = [result(run / "step-000001", "b", 0.5, 0.02), result(run / "step-000002", "b", 0.5, None),
@@ -160,6 +161,7 @@ def test_error_bars_are_over_samples_or_else_over_problems(tmp_path, drawn):
     assert heights == pytest.approx([4, 0, 10, 2])  # twice the errors, in per cent
 
 
+@pytest.mark.peers("matplotlib")
 def test_no_panel_is_empty(tmp_path, drawn):
     """SFT has no rejected responses; without results there is no accuracy; what is never finite is not drawn."""
     sft = write_log(tmp_path / "sft", [{"step": 1, "chosen_logp": -1.0, "lr_grad_norm": 1e-3}])
@@ -180,6 +182,7 @@ def test_no_panel_is_empty(tmp_path, drawn):
     assert svg.startswith("<?xml") and ">sft</text>" in svg
 
 
+@pytest.mark.peers("matplotlib")
 @pytest.mark.parametrize("panels, rows", [(1, [1]), (3, [3]), (4, [2, 2]), (5, [3, 2])])
 def test_panels_fill_their_rows(tmp_path, drawn, panels, rows):
     figure, axes = plot.new_figure(tmp_path / "a.png", list("abcde"[:panels]), panel_size=(3, 2))
@@ -191,6 +194,7 @@ def test_panels_fill_their_rows(tmp_path, drawn, panels, rows):
     assert figure.get_size_inches().tolist() == [3 * rows[0], 2 * len(rows)]
 
 
+@pytest.mark.peers("matplotlib")
 def test_nine_runs_stay_apart(tmp_path, drawn):
     rows = [{"step": s, "chosen_logp": -1.0, "eval_chosen_logp": -1.0} for s in range(1, 4)]
     runs = [write_log(tmp_path / f"run-{i}", rows) for i in range(9)]
@@ -224,6 +228,7 @@ def test_nine_runs_stay_apart(tmp_path, drawn):
         ("margin", [-0.2, 0.1], [-0.1, 0.9], "linear"),
     ],
 )
+@pytest.mark.peers("matplotlib")
 def test_an_axis_is_logarithmic_where_scales_differ_by_more_than_ten(tmp_path, drawn, key, first, second, scale):
     runs = [
         write_log(tmp_path / name, [{"step": s, "chosen_logp": -1.0, key: value} for s, value in enumerate(values, 1)])
@@ -245,6 +250,7 @@ def test_running_mean_is_centred_and_skips_what_is_missing():
     assert math.isnan(plot.running_mean(values, 1)[2])
 
 
+@pytest.mark.peers("matplotlib")
 def test_sweep_of_learning_rates(tmp_path, drawn):
     rows = [
         {"method": m, "lr": lr, "accuracy": accuracy, "sem": sem}
@@ -264,6 +270,7 @@ def test_sweep_of_learning_rates(tmp_path, drawn):
     assert axes.get_xscale() == "log"
 
 
+@pytest.mark.peers("matplotlib")
 @pytest.mark.parametrize("file", ["positives.jsonl", "pairs.jsonl"])
 def test_lengths_of_a_data_file(tmp_path, drawn, file):
     tiny.write_tokenizer(tmp_path / "model")
@@ -319,6 +326,7 @@ def test_lengths_of_a_data_file(tmp_path, drawn, file):
         (["--lengths", "empty/metrics.jsonl", "--output", "a.png"], "empty/metrics.jsonl holds no row"),
     ],
 )
+@pytest.mark.peers("matplotlib")
 def test_bad_input(tmp_path, drawn, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_log(Path("run"), [{"step": 1, "chosen_logp": -1.0, "lr_grad_norm": 1e-3}])
@@ -333,6 +341,7 @@ def test_bad_input(tmp_path, drawn, monkeypatch, arguments, message):
     assert not list(tmp_path.glob("a.*"))
 
 
+@pytest.mark.peers("matplotlib")
 def test_from_training_and_evaluation_to_a_figure(tmp_path, drawn):
     """The commands that a user types: train, evaluate every checkpoint, draw."""
     tiny.write_model(tmp_path / "model")

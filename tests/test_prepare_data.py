@@ -89,8 +89,8 @@ def trace_row(**changes) -> dict:
             "generations": [solution(3), solution("\\frac{4}{2}"), solution(2), THINK + "cut off"], **changes}
 
 
+@pytest.mark.peers("pyarrow")
 def test_openr1_counts_on_parquet_shards(tmp_path, shared_data):
-    pytest.importorskip("pyarrow", reason="reading parquet needs pyarrow (tests/requirements.txt)")
     for processes in (1, 2):
         result = run_command("openr1", "--input", shared_data / "traces", "--processes", processes,
                              "--output", tmp_path / str(processes))
@@ -449,8 +449,8 @@ def test_benchmarks_without_a_network(tmp_path):
     assert_refused(result, tmp_path / "out", "HuggingFaceH4/MATH-500: no such directory, and the Hugging")
 
 
+@pytest.mark.peers("pyarrow")
 def test_benchmarks_read_parquet_and_write_whole_numbers_as_such(tmp_path):
-    pytest.importorskip("pyarrow", reason="reading parquet needs pyarrow (tests/requirements.txt)")
     import pyarrow
     import pyarrow.parquet
 
@@ -525,8 +525,8 @@ def test_a_dataset_on_the_hub(tmp_path, hub, monkeypatch):  # noqa: F811
     assert len(read_rows(tmp_path / "out" / "pairs.jsonl")) == 1
 
 
+@pytest.mark.peers("pyarrow")
 def test_broken_parquet(tmp_path):
-    pytest.importorskip("pyarrow", reason="reading parquet needs pyarrow (tests/requirements.txt)")
     import pyarrow
     import pyarrow.parquet
 

@@ -121,9 +121,8 @@ def test_errors_over_problems_and_over_seeds_by_hand(tmp_path):
     assert "| REDI, α 0.8 | 0.001 | 25.0 ± 25.0 (± 25.0) | +25.0 ± 25.0 (± 25.0) | " in real_model.table_text(half)
 
 
+@pytest.mark.peers("transformers", "matplotlib")
 def test_traces_to_table_and_figure(shared_data, tmp_path):
-    for library in ("transformers", "matplotlib"):
-        pytest.importorskip(library, reason="needs the libraries of tests/requirements.txt")
     traces = shared_data / "traces" / "traces.jsonl"
     texts = [text for row in rows(traces) for text in row["generations"] or []]
     tiny.write_model(tmp_path / "model", texts[:200], 1000, model_type="llama", max_position_embeddings=1024)

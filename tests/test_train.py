@@ -775,9 +775,9 @@ def logged(run) -> dict[str, list[tuple]]:
             for row in rows for key in row if key != "step"}
 
 
+@pytest.mark.peers("tensorboard")
 @pytest.mark.parametrize("stop", [3, None], ids=["resumed from a checkpoint", "resumed from the start"])
 def test_tensorboard_shows_every_number_of_the_log_once(place, held_out, tmp_path, stop):
-    pytest.importorskip("tensorboard", reason="needs the libraries of tests/requirements.txt")
     run = arguments(place, "redi", tmp_path / "run", eval_data=held_out / "pairs.jsonl", tensorboard=True, save_every=3)
     with train_jobs.signal_at(5), pytest.raises(SystemExit):
         train.main(run)
@@ -793,16 +793,16 @@ def test_tensorboard_shows_every_number_of_the_log_once(place, held_out, tmp_pat
     assert len(os.listdir(tmp_path / "run" / "tensorboard")) == 1
 
 
+@pytest.mark.peers("tensorboard")
 def test_one_of_two_ranks_writes_event_files(place, tmp_path):
-    pytest.importorskip("tensorboard", reason="needs the libraries of tests/requirements.txt")
     done = torchrun(2, ROOT / "train.py", *arguments(place, "redi", tmp_path / "run", tensorboard=True, steps=2))
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(os.listdir(tmp_path / "run" / "tensorboard")) == 1
     assert events(tmp_path / "run") == logged(tmp_path / "run")
 
 
+@pytest.mark.peers("tensorboard")
 def test_event_files_that_cannot_be_written_do_not_end_the_run(place, tmp_path, capsys):
-    pytest.importorskip("tensorboard", reason="needs the libraries of tests/requirements.txt")
     from torch.utils.tensorboard import SummaryWriter
 
     full = OSError(28, "No space left on device")
