@@ -26,7 +26,7 @@ def test_a_dry_run_prints_ours_beside_what_one_would_write_with_transformers():
 
 
 def test_peers_are_left_out_and_weights_are_kept_where_asked(tmp_path):
-    flags = "--dry-run", "--pairs", "2", "--steps", "2", "--parts", "simpo", "redi", "--peers", "simpo"
+    flags = "--dry-run", "--pairs", "2", "--steps", "2", "--parts", "redi", "--peers", "simpo"
     written = []
     for _ in range(2):
         done = bench(*flags, "--model", str(tmp_path / "model"))
