@@ -179,7 +179,9 @@ except ValueError as error:
 
 def test_example_runs_with_two_processes_from_nothing(tmp_path):
     """Rank 0 makes the data, all make the model: the same number of collectives on both."""
-    (tmp_path / "example.py").write_text(SMALL + "toy.run_example(train.main, evaluate.main, 'out', seed=5)")
+    run_example = "toy.run_example(train.main, evaluate.main, 'out', seed=5)"
+    (tmp_path / "example.py").write_text(
+        f"{SMALL}from redi.command import run_command\nrun_command(lambda: {run_example})")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
                str(tiny.free_port()), "example.py"]
     run = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
