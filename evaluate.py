@@ -198,8 +198,8 @@ def wait_for_all(group) -> None:
     """A barrier. Raises ValueError where another process has ended, which then has said why."""
     try:
         dist.barrier(group)
-    except RuntimeError as error:  # all that gloo has for a lost connection
-        raise ValueError(f"another process of this evaluation has ended ({error})") from None
+    except RuntimeError:  # all that gloo has for a lost connection
+        raise ValueError("another process of this evaluation has ended") from None
 
 
 def score(args: argparse.Namespace, benchmarks: list[Benchmark]) -> list[dict]:

@@ -27,7 +27,8 @@ def restarts() -> int:
 
 
 def _leave() -> None:
-    """After an unexpected error other ranks may be in the middle of something, which NCCL would await."""
+    """Destroy the process group, but not after an unexpected error: other ranks may be in the middle of something,
+    which NCCL would await."""
     if dist.is_initialized() and not hasattr(sys, "last_type"):
         dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ def start(body: str) -> subprocess.Popen:
     """run_command over a function of these lines, in a process of its own."""
     lines = "\n    ".join(body.strip().splitlines())
     script = f"import os, signal, sys, time\nfrom redi.command import *\ndef main():\n    {lines}\nrun_command(main)"
-    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # where it is set, nothing is left to flush at the end
     return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 

@@ -161,7 +161,7 @@ def test_a_process_that_waits_for_a_dead_one_says_so(monkeypatch):
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(evaluate.dist, "barrier", lost)
-    with pytest.raises(ValueError, match="process of this evaluation has ended .Connection closed by peer"):
+    with pytest.raises(ValueError, match="another process of this evaluation has ended"):
         evaluate.wait_for_all(None)
 
 

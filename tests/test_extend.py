@@ -67,11 +67,11 @@ def test_a_new_objective_as_readme_adds_it(copy):
     edit(copy / "train.py", '    "simpo": Method(\n', f'{entry}    "simpo": Method(\n')
 
     settings = "--epochs 2 --lr 1e-3 --save-every 2"
-    shown, planned, _, *refused = train(
+    shown, planned, trained, *refused = train(
         copy, "ln-dpo --help", "ln-dpo --plan --epochs 1", f"ln-dpo --output whole {settings}", "ln-dpo --gamma=3",
         "ln-dpo --label-smoothing=0.1", "ln-dpo --alpha=1", "sft --beta=2")
     assert "scale of the margin per token (default: 2.0)" in shown and "--gamma" not in shown and "3e-07" in shown
-    assert re.search(r"steps +2 of 4", planned)
+    assert re.search(r"steps +2 of 4", planned) and "error: " not in planned + trained
     rows = metrics(copy, "whole")
     assert len(rows) == 4 and rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -90,7 +90,7 @@ def test_a_new_objective_as_readme_adds_it(copy):
     again = f"ln-dpo --output cut {settings} --resume"
     refused, resumed = train(copy, f"{again} --beta 1", again)
     assert "was begun with --beta 2.0, not 1.0; a resumed run keeps its settings" in refused
-    assert "from step 2" in resumed
+    assert "from step 2" in resumed and "error: " not in resumed
     final = "final/model.safetensors"
     assert (copy / "cut" / final).read_bytes() == (copy / "whole" / final).read_bytes()
 
@@ -118,7 +118,8 @@ def test_a_new_metric_in_two_files(copy):
          "            sums, _ = sequence_logps(entropies, micro.labels, micro.cu_seqlens)\n"
          "            for name, mean in zip((\"chosen_entropy\", \"rejected_entropy\"), (sums / lengths).chunk(2)):\n"
          "                totals[name] += micro.weight / len(rows) * mean.sum()\n")
-    train(copy, "redi --steps 1 --batch-size 8 --micro-batch-tokens 300")
+    trained, = train(copy, "redi --steps 1 --batch-size 8 --micro-batch-tokens 300")
+    assert "error: " not in trained
     row, = metrics(copy)
 
     model, tokenizer = load_pretrained(copy / "model"), Tokenizer.from_pretrained(copy / "model")
