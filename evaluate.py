@@ -22,21 +22,25 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from redi.command import Parser, not_negative, number, positive_int, run_command  # before torch, see redi/__init__.py
+from redi import cli
+
+cli.prepare_process()
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from redi.cli import Parser, not_negative, number, positive_int, run_command
 from redi.distributed import hide_bar, init_process_group, local_rank, rank, world_size
+from redi.evaluation.generation import Request, generate
+from redi.evaluation.sample_store import SampleStore, read_responses, scored
+from redi.evaluation.sampling import sample_key
+from redi.evaluation.scoring import report, summarise
 from redi.files import file_digest, resolve_directory
-from redi.generation import Request, generate
+from redi.hub.config import load_config
+from redi.hub.weights import DTYPES, MODEL_FILES, check_weights, load_pretrained, weights_digest
 from redi.model import CausalLM
-from redi.pretrained import DTYPES, MODEL_FILES, check_weights, load_config, load_pretrained, weights_digest
 from redi.problems import PROMPT_TEMPLATES, Benchmark, read_benchmark, user_message
-from redi.results import report, summarise
-from redi.samples import SampleStore, read_responses, scored
-from redi.sampling import sample_key
 from redi.tokenizer import PREFILL, TOKENIZER_FILES, Tokenizer
 
 SECONDS_BETWEEN_LINES = 30  # where there is no terminal

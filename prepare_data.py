@@ -22,17 +22,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from redi.command import Parser, count, positive_int, run_command
-from redi.corpus import (
-    count_rows, digests, find_files, in_chunks, input_files, one_row_per_problem, read_rows, require, row_id,
+from redi.cli import Parser, count, positive_int, run_command
+from redi.files import error_context, json_line, new_directory, write_json
+from redi.preparation.corpus import (
+    count_rows,
+    digests,
+    find_files,
+    in_chunks,
+    input_files,
+    one_row_per_problem,
+    read_rows,
+    require,
+    row_id,
 )
-from redi.decontaminate import decontaminate
-from redi.files import at, json_line, new_directory, write_json
+from redi.preparation.decontamination import decontaminate
+from redi.preparation.traces import GENERATIONS, OUTCOMES, SkipRow, openr1_verdicts, own_verdicts, select
+from redi.preparation.workers import in_parallel
 from redi.problems import PROMPT_TEMPLATES, assistant_message, gold_answers, user_message
 from redi.rows import Example, TokenSettings, encode
 from redi.tokenizer import PREFILL, TOKENIZER_FILES, Tokenizer
-from redi.traces import GENERATIONS, OUTCOMES, LeftOut, openr1_verdicts, own_verdicts, select
-from redi.workers import in_parallel
 
 # name, hub id, split, number of problems, column of the problem, column of the answer. AMC23 exists twice: 83
 # problems of AMC 12 2022 and 2023 (what the paper's evaluator calls AMC23) and 40 of 2023 alone.
@@ -94,7 +102,7 @@ def prepare_chunk(
     counts, lines = collections.Counter(), {"positives.jsonl": [], "pairs.jsonl": [], "verdicts.jsonl": []}
     for place, row in chunk:
         counts["read"] += 1
-        with at(place):
+        with error_context(place):
             try:
                 if args.command == "openr1":
                     correct = openr1_verdicts(row, args.verdict, args.exclude_sources)
@@ -108,7 +116,7 @@ def prepare_chunk(
                     row["generations"], correct, args.negatives, args.truncated, args.pairs_per_problem,
                     seed=f"{args.seed} {row['problem']}",  # of the problem's own: the draw depends on no other row
                 )
-            except LeftOut as left_out:
+            except SkipRow as left_out:
                 counts[str(left_out)] += 1
                 continue
             prompt = [user_message(row["problem"], args.prompt_template)]
@@ -191,7 +199,7 @@ def benchmarks(args: argparse.Namespace) -> None:
             inputs |= digests(files)
             lines = []
             for place, row in read_rows(files.values()):
-                with at(place):
+                with error_context(place):
                     require(row, problem_column, answer_column)
                     problem, answers = row[problem_column], gold_answers(row[answer_column])
                     if not (isinstance(problem, str) and problem.strip() and answers):
@@ -210,11 +218,11 @@ def benchmarks(args: argparse.Namespace) -> None:
 
 def toy(args: argparse.Namespace) -> None:
     """The data of the embedded example: what `train.py` makes for itself when it is run without arguments."""
-    import redi.toy  # here, not above: it trains a model too, and torch would be loaded by every worker process
+    from redi.example import water_tank  # here: it imports torch, which every worker process would load
 
     names = ("teacher.jsonl", "positives.jsonl", "pairs.jsonl", "problems.jsonl", "report.json")
     with new_directory(args.output, args.overwrite, names) as directory:
-        redi.toy.write_data(directory, args.seed)
+        water_tank.write_data(directory, args.seed)
         write_report(directory, {}, args, inputs={})
 
 

@@ -14,19 +14,26 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import evaluate  # before torch, as redi/__init__.py asks
+from redi import cli
+
+cli.prepare_process()
+
 import torch
 
-from redi import data, distributed, logps_of_rows, losses, plan, torchrun, toy
-from redi.command import Parser, count, not_negative, number, positive, positive_int, run_command, share
-from redi.distributed import say
+import evaluate
+from redi import data, distributed, losses
+from redi.cli import Parser, count, not_negative, number, positive, positive_int, run_command, share
+from redi.distributed import print_rank0
+from redi.example import water_tank
 from redi.files import resolve_directory
+from redi.hub.config import load_config
+from redi.hub.weights import DTYPES, MODEL_FILES, check_weights, load_weights
 from redi.losses import sequence_logps
 from redi.model import RECOMPUTE, CausalLM, ModelConfig
-from redi.pretrained import DTYPES, MODEL_FILES, check_weights, load_config, load_weights
 from redi.rows import TokenSettings
-from redi.run import Run
 from redi.tokenizer import PREFILL, Tokenizer
+from redi.training import dataset_logps, plan
+from redi.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def train(args: argparse.Namespace) -> None:
     method, device = METHODS[args.method], distributed.init_process_group()
     run = Run(args, *run_settings(args), knobs=[f"--{name.replace('_', '-')}" for name in method.flags])
     if run.is_finished():
-        return say(f"{args.output / 'final'} is there already: nothing to do")
+        return print_rank0(f"{args.output / 'final'} is there already: nothing to do")
     directory = resolve_directory(args.model, MODEL_FILES)
     tokenizer = Tokenizer.from_pretrained(directory)
     config = read_config(args, directory, tokenizer)
@@ -92,14 +99,16 @@ def train(args: argparse.Namespace) -> None:
     dataset = load_data(args, args.data, tokenizer, context)
     eval_dataset = load_data(args, args.eval_data, tokenizer, context) if args.eval_data else None
     run.claim(dataset.digest, eval_dataset and eval_dataset.digest)  # nothing is written before all inputs are good
-    reference = logps_of_rows.reference(args, model, dataset, directory, device) if method.reference else None
+    reference = dataset_logps.reference(args, model, dataset, directory, device) if method.reference else None
     optimizer = build_optimizer(args, model)
-    held_out = eval_dataset and partial(logps_of_rows.held_out, args, model, eval_dataset, device)
+    held_out = eval_dataset and partial(dataset_logps.held_out, args, model, eval_dataset, device)
     run.begin(model, optimizer, tokenizer, held_out)
     total_steps = count_steps(args, dataset)
-    say(f"{args.method}: {len(dataset)} examples ({dataset.dropped} too long and left out), {total_steps} steps of "
+    print_rank0(
+        f"{args.method}: {len(dataset)} examples ({dataset.dropped} too long and left out), {total_steps} steps of "
         f"{args.batch_size}, from step {run.state['step']}; {sum(p.numel() for p in model.parameters()):,} parameters "
-        f"on {distributed.world_size()} x {device.type}, {args.dtype}")
+        f"on {distributed.world_size()} x {device.type}, {args.dtype}"
+    )
 
     for step, (epoch, rows, micro_batches) in run.steps(total_steps, partial(make_batch, args, config, dataset)):
         lr = set_lr(optimizer, step, total_steps, args.lr, args.warmup)
@@ -210,7 +219,7 @@ def load_data(args, path: Path, tokenizer: Tokenizer, context: int) -> data.Data
         loss_on_prompt=getattr(args, "loss_on_prompt", False),
     )
     load = partial(data.load_dataset, path, tokenizer, settings, args.output)
-    distributed.run_where(distributed.local_rank() == 0, load)  # tokenises, once a machine
+    distributed.run_on_ranks(distributed.local_rank() == 0, load)  # tokenises, once a machine
     return load()
 
 
@@ -230,7 +239,7 @@ def build_parser() -> Parser:
                                      help=f"{', '.join(METHODS)}, example; train.py METHOD --help shows its flags")
     for name, method in METHODS.items():
         add_flags(commands.add_parser(name, description=f"Train with the objective of {name}."), method)
-    example = commands.add_parser("example", description=toy.__doc__)
+    example = commands.add_parser("example", description=water_tank.__doc__)
     example.add_argument("--output", type=Path, default=Path("out/example"), help="directory")
     example.add_argument("--seed", type=count, default=0, help="of its problems, solutions, first weights and samples")
     return parser
@@ -275,7 +284,7 @@ def add_flags(parser: Parser, method: Method) -> None:
     add("--tensorboard", action="store_true", help="write event files too, under OUTPUT/tensorboard")
     add("--log-every", type=positive_int, default=10, help="steps between lines on the screen")
     add("--collapse-threshold", type=positive, default=1.5, help="nats per token that the chosen LogPS may lose "
-        "before a warning (redi/monitor.py)")
+        "before a warning (redi/training/run.py)")
     add("--stop-on-collapse", action="store_true", help="save and stop at that warning")
     add("--max-skipped", type=count, default=10, help="updates in a row that may be skipped for numbers not finite")
     add("--resume", action="store_true", help="continue the run in --output, or begin it where there is none")
@@ -301,7 +310,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     args.prefill = args.prefill.replace("\\n", "\n")
     args.eval_every = args.eval_every or args.save_every or 200
-    if torchrun.restarts():  # go on where this worker's predecessor was
+    if distributed.restarts():  # go on where this worker's predecessor was
         args.resume, args.overwrite = True, False
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
@@ -322,7 +331,7 @@ def run_settings(args) -> tuple[dict[str, str], dict[str, str]]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args((sys.argv[1:] if argv is None else argv) or ["example"])
     if args.method == "example":
-        toy.run_example(main, evaluate.main, args.output, args.seed)
+        water_tank.run_example(main, evaluate.main, args.output, args.seed)
     elif args.plan:
         show_plan(args)
     else:

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from redi.cache import cache_path, load_arrays, save_arrays
-from redi.files import file_digest
+from redi.files import cache_path, file_digest, load_arrays, save_arrays
 from redi.losses import IGNORE_INDEX
 from redi.rows import TokenSettings, encode_rows
 from redi.tokenizer import Tokenizer
 
-READERS = ("rows.py", "tokenizer.py", "chat_template.py", "data.py")  # the code that makes ids of rows
+READERS = ("rows.py", "tokenizer.py", "data.py")  # the code that makes ids of rows
 
 
 @dataclass
@@ -133,7 +132,9 @@ def partition(
         micro_batches += 1
 
 
-def deal(dataset: Dataset, rows: np.ndarray, flops: Callable, max_tokens: int, ranks: int) -> list[list[list[int]]]:
+def assign_to_ranks(
+    dataset: Dataset, rows: np.ndarray, flops: Callable, max_tokens: int, ranks: int
+) -> list[list[list[int]]]:
     """`partition` of a step's rows by their arithmetic: flops(lengths (n, k)) -> (n, k), of a forward pass."""
     lengths = dataset.input_lengths[rows]
     return partition(rows, lengths.sum(1), flops(lengths).sum(1), ranks, max_tokens)
@@ -143,7 +144,7 @@ def micro_batches(
     dataset: Dataset, rows: np.ndarray, flops: Callable, max_tokens: int, rank: int, ranks: int
 ) -> list["MicroBatch"]:
     """This rank's part of a step, packed: as many micro-batches as every other rank gets."""
-    return [pack(dataset, parts[rank]) for parts in deal(dataset, rows, flops, max_tokens, ranks)]
+    return [pack(dataset, parts[rank]) for parts in assign_to_ranks(dataset, rows, flops, max_tokens, ranks)]
 
 
 @dataclass

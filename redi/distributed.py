@@ -1,18 +1,18 @@
 """The process group, FSDP2 sharding, and what ranks tell each other. Without a process group there is one rank."""
 
+import atexit
 import os
+import sys
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
-
-from redi import torchrun
-from redi.model import CausalLM
 
 
 def init_process_group() -> torch.device:
@@ -24,11 +24,35 @@ def init_process_group() -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        torchrun.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
-def shard(model: CausalLM, compute_dtype: torch.dtype) -> None:
+def _join(backend: str) -> None:
+    """Make the process group: torchrun's ranks, or one process alone where torchrun did not start it."""
+    if "RANK" in os.environ:
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun keeps one store over its restarts: new workers would find the addresses of dead ones in it.
+        store = dist.PrefixStore(f"attempt-{restarts()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(_leave)
+
+
+def restarts() -> int:
+    """How often torchrun (--max-restarts) has started this worker again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def _leave() -> None:
+    """Destroy the process group, but not after an unexpected error: other ranks may be in the middle of something,
+    which NCCL would await."""
+    if dist.is_initialized() and not hasattr(sys, "last_type"):
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, compute_dtype: torch.dtype) -> None:
     """Shard parameters, gradients and optimiser state over all ranks, layer by layer (ZeRO-3).
 
     Master weights keep the parameters' fp32; forward and backward run on copies in compute_dtype; gradients
@@ -45,25 +69,25 @@ def shard(model: CausalLM, compute_dtype: torch.dtype) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def reshard(model: CausalLM) -> None:
+def reshard(model: nn.Module) -> None:
     """Let go of parameters that a forward without backward has left gathered: the root's."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor: the tensor itself where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with all ranks' parts of it, a collective where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def clip_grad_norm(model: CausalLM, max_norm: float) -> torch.Tensor:
+def clip_grad_norm(model: nn.Module, max_norm: float) -> torch.Tensor:
     """Scale the gradients down to a global norm of max_norm. Returns the norm before, a scalar on the device."""
-    return whole(clip_grad_norm_(model.parameters(), max_norm))
+    return full_tensor(clip_grad_norm_(model.parameters(), max_norm))
 
 
 def rank() -> int:
@@ -79,7 +103,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def say(text: str) -> None:
+def print_rank0(text: str) -> None:
     """Print a line once, not on every rank, and above a progress bar."""
     if rank() == 0:
         tqdm.write(text)
@@ -112,7 +136,7 @@ def any_rank(condition: bool) -> bool:
     return bool(sum_over_ranks(torch.tensor(int(condition))))
 
 
-def gather(value) -> list:
+def all_gather_object(value) -> list:
     """One small value (None, number, string, list) of every rank, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
@@ -127,7 +151,7 @@ def raise_together(failure: Exception | None) -> None:
     The other ranks raise an OSError or a ValueError with the same words.
     """
     found = failure and [isinstance(failure, OSError), str(failure)]
-    failures = [f for f in gather(found) if f]
+    failures = [f for f in all_gather_object(found) if f]
     if failure:
         raise failure
     if failures:
@@ -135,7 +159,7 @@ def raise_together(failure: Exception | None) -> None:
         raise (OSError if is_os_error else ValueError)(words)
 
 
-def run_where(condition: bool, function: Callable):
+def run_on_ranks(condition: bool, function: Callable):
     """Call the function on the ranks where the condition holds; the others wait. Failures reach every rank."""
     result, failure = None, None
     if condition:

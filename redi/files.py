@@ -1,4 +1,4 @@
-"""Files in and out: JSONL, JSON objects, writes that are whole or absent, digests. Imports no torch."""
+"""Files in and out: JSONL, JSON objects, atomic writes, digests, cached arrays, hub downloads. Imports no torch."""
 
 import contextlib
 import errno
@@ -10,7 +10,9 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 MAX_LINE_BYTES = 64 * 2**20
 
@@ -28,14 +30,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(f"{path}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB")
             if line.strip():
-                with at(f"{path}, line {number}"):
+                with error_context(f"{path}, line {number}"):
                     row = _json_object(line)
                 yield number, row
 
 
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file. Raises ValueError naming the file where it is absent, malformed, or no object."""
-    with open_to_read(path) as file, at(str(path)):
+    with open_to_read(path) as file, error_context(str(path)):
         return _json_object(file.read())
 
 
@@ -91,7 +93,7 @@ def drop_partial_line(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def at(place: str):
+def error_context(place: str):
     """Say where: the words of a ValueError raised in the block begin with the place ("FILE, line 3")."""
     try:
         yield
@@ -242,3 +244,56 @@ def resolve_directory(path_or_hub_id: str | Path, patterns: list[str], repo_type
         reason = " ".join(str(error).split())
         raise ValueError(f"{path_or_hub_id}: no such directory, and the Hugging Face hub gave no {repo_type} "
                          f"of that name ({type(error).__name__}: {reason[:300]})") from None
+
+
+def cache_path(data: Path, kind: str, fallback: Path, *depends_on) -> Path:
+    """DATA.kind-DIGEST.safetensors beside the data, for other runs to use; in the directory `fallback` where
+    that cannot be written. `depends_on`: everything that decides the content, as what str() can tell apart."""
+    directory = data.parent
+    if not os.access(directory, os.W_OK):
+        fallback.mkdir(parents=True, exist_ok=True)
+        directory = fallback
+    return directory / f"{data.name}.{kind}-{text_digest(repr(depends_on))}.safetensors"
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, with a checksum in it, that appears whole or not at all. Raises OSError."""
+    metadata = metadata or {}
+    with replacing(path) as partial, saving_safetensors(partial):
+        save_file(arrays, partial, metadata={**metadata, "sha256": _checksum(arrays, metadata)})
+
+
+def load_arrays(path: Path, mapped: tuple[str, ...] = ()) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays, metadata) of save_arrays. Those named in `mapped` are memory-mapped, not read: all processes of a
+    machine share their pages. Raises ValueError naming a file that is damaged or cannot be read."""
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = dict(file.metadata() or {})
+            arrays = {key: file.get_tensor(key) for key in file.keys() if key not in mapped}
+        arrays |= {key: _memory_map(path, key) for key in mapped}
+        if metadata.pop("sha256", None) != _checksum(arrays, metadata):
+            raise ValueError("its checksum is another")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and it is made again") from None
+    return arrays, metadata
+
+
+def _memory_map(path: Path, key: str) -> np.ndarray:
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))[key]
+    assert header["dtype"] == "I32"
+    start, stop = header["data_offsets"]
+    if start == stop:  # nothing can be mapped
+        return np.empty(0, np.int32)
+    return np.memmap(path, np.int32, "r", 8 + header_bytes + start, tuple(header["shape"]))
+
+
+def _checksum(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for key, array in sorted(arrays.items()):
+        digest.update(f"{key} {array.dtype} {array.shape}".encode() + b"\0")
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()

@@ -9,8 +9,11 @@ so that the caller divides by a global count (all ranks, all micro-batches) of i
 Equation numbers refer to the paper: Reinforcement Distillation, arXiv 2505.24850.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 
@@ -101,6 +104,7 @@ def token_logps(
     labels: torch.Tensor,
     chunk_size: int | None = None,
     positions: torch.Tensor | None = None,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """log π(label) of every token in nats, without ever holding the logits of more than a chunk.
 
@@ -111,6 +115,8 @@ def token_logps(
         chunk_size: tokens whose (chunk_size, V) fp32 logits are in memory at once; None: see `logit_rows`.
         positions: (M,) int64, where labels != -100, if the caller knows it already. Finding it out here
             makes a GPU wait for the host.
+        product: the head's matrix product, with the contract of `fp32_product` (the default); a faster one may be
+            handed in.
 
     Returns: (T,) fp32, 0 where labels are -100. Ignored tokens are dropped before the projection.
     Differentiable once in hidden and head_weight.
@@ -118,7 +124,7 @@ def token_logps(
     if positions is None:
         positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     chunk_size = chunk_size or logit_rows(len(head_weight), hidden.is_cuda)
-    logps = _LabelLogps.apply(hidden[positions], head_weight, labels[positions], chunk_size)
+    logps = _LabelLogps.apply(hidden[positions], head_weight, labels[positions], chunk_size, product or fp32_product)
     return torch.zeros(len(labels), device=hidden.device).index_copy(0, positions, logps)
 
 
@@ -138,24 +144,25 @@ class _LabelLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, labels, chunk_size):
+    def forward(ctx, hidden, head_weight, labels, chunk_size, product):
         logps = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         dtype = matmul_dtype(hidden)
         weight, log_probs = head_weight.to(dtype), None
         for rows in _chunks(len(labels), chunk_size):
             log_probs = None  # gone before the next logits take their place
-            logits = fp32_product(hidden[rows].to(dtype), weight)
+            logits = product(hidden[rows].to(dtype), weight)
             log_probs = torch.log_softmax(logits, -1, out=logits)
             del logits
             logps[rows] = log_probs.gather(1, labels[rows, None]).squeeze(1)
         ctx.save_for_backward(hidden, head_weight, labels)
-        ctx.chunk_size = chunk_size
+        ctx.chunk_size, ctx.product = chunk_size, product
         # Saves a quarter of the head's arithmetic where all labels fit into one chunk (14 % of the CPU seconds
         # of an SFT step: 25M parameters, 32,000 words, one pair), and takes no memory that backward would not.
         ctx.last_probs = log_probs.exp_()
         return logps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logps):
         hidden, head_weight, labels = ctx.saved_tensors
         probs, ctx.last_probs = ctx.last_probs, None
@@ -167,7 +174,7 @@ class _LabelLogps(torch.autograd.Function):
         for rows in reversed(_chunks(len(labels), ctx.chunk_size)):
             chunk, grad = hidden[rows].to(dtype), grad_logps[rows, None]
             if probs is None:
-                logits = fp32_product(chunk, weight)
+                logits = ctx.product(chunk, weight)
                 probs = torch.softmax(logits, -1, out=logits)
                 del logits
             # d logp / d logits = onehot(label) - softmax, here with the other sign, in place of the probabilities;
@@ -175,11 +182,11 @@ class _LabelLogps(torch.autograd.Function):
             probs.scatter_add_(1, labels[rows, None], probs.new_full((len(probs), 1), -1.0))
             negative, probs = probs.to(dtype), None
             if needs_hidden:
-                grad_hidden[rows] = fp32_product(negative, weight.t()).mul_(-grad).to(hidden.dtype)
+                grad_hidden[rows] = ctx.product(negative, weight.t()).mul_(-grad).to(hidden.dtype)
             if needs_weight:
                 grad_weight = _add_product(grad_weight, negative.t(), (chunk * -grad).to(dtype))
             negative = None  # gone before the next chunk's logits take their place
-        return grad_hidden, grad_weight.to(head_weight.dtype) if needs_weight else None, None, None
+        return grad_hidden, grad_weight.to(head_weight.dtype) if needs_weight else None, None, None, None
 
 
 def _add_product(total, a, b):
@@ -204,23 +211,8 @@ def matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
     return hidden.dtype if hidden.is_cuda else torch.float32
 
 
-def fp32_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """a @ b.T (+ bias), accumulated and returned in fp32, not differentiable.
-
-    Args: a (n, k), b (m, k), both fp32, or on CUDA both bf16; bias (m,) fp32. Returns: (n, m) fp32.
-    """
-    if a.dtype != torch.float32:
-        return torch.mm(a, b.t(), out_dtype=torch.float32)
-    if uses_onednn(a, b):
-        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-    return F.linear(a, b, bias)
-
-
-def uses_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether oneDNN is to compute the product of a (n, k) and b (m, k): a large one in fp32 on a CPU.
-
-    Otherwise it is MKL, which takes AVX2 kernels on AMD processors: 104 GFLOP/s against oneDNN's 230 on one
-    Zen 5 core. A product of a new shape costs oneDNN 0.5 ms of preparation, more than small ones save.
-    """
-    possible = a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return possible and len(a) * b.numel() > 2**24
+def fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (n, k) @ b (m, k).T, accumulated and returned in fp32: (n, m). Both fp32, or on CUDA both bf16."""
+    if a.dtype == torch.float32:
+        return F.linear(a, b)
+    return torch.mm(a, b.t(), out_dtype=torch.float32)

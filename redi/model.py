@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from redi import kernels
 from redi.attention import ATTENTION_OPS, packed_attention
-from redi.losses import fp32_product, matmul_dtype, token_logps
+from redi.losses import matmul_dtype, token_logps
 
 # attend(q (T, H, D), k (T, K, D), v (T, K, D)) -> (T, H, D): attention in one layer, after RoPE
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -41,7 +41,7 @@ RECOMPUTE = {
 
 @dataclass
 class ModelConfig:
-    """The shape of a decoder (redi/pretrained.py reads it from config.json and writes it there)."""
+    """The shape of a decoder (redi/hub/weights.py reads it from config.json and writes it there)."""
 
     model_type: str  # a key of FAMILIES
     vocab_size: int
@@ -219,7 +219,7 @@ class CausalLM(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, C) -> (N, V) fp32, accumulated in fp32 also from bf16 weights."""
         dtype = matmul_dtype(hidden)
-        return fp32_product(hidden.to(dtype), self.head_weight.to(dtype))
+        return kernels.fp32_product(hidden.to(dtype), self.head_weight.to(dtype))
 
     def forward(
         self,
@@ -237,4 +237,6 @@ class CausalLM(nn.Module):
         """
         attend = partial(packed_attention, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         hidden = self.hidden(input_ids, position_ids, [attend] * self.config.num_hidden_layers)
-        return token_logps(hidden, self.head_weight, labels, positions=label_positions)
+        return token_logps(
+            hidden, self.head_weight, labels, positions=label_positions, product=kernels.fp32_product
+        )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from redi.answer_checker import answers_match, extract_answer
-from redi.files import at, file_digest, read_jsonl
+from redi.files import error_context, file_digest, read_jsonl
 
 # What a problem is wrapped in before it becomes the user's message, in training data and in evaluation alike.
 # "open-r1" is the evaluation template of open-r1 and lighteval (paper, Appendix C.5; MATH_QUERY_TEMPLATE in
@@ -68,7 +68,7 @@ def read_benchmark(path: str | Path, limit: int | None = None) -> Benchmark:
     for line, row in read_jsonl(path):
         id, problem = _first_of(row, "id", "unique_id"), _first_of(row, "problem", "question")
         id = f"{name}-{len(lines)}" if id is None else str(id)
-        with at(f"{path}, line {line}"):
+        with error_context(f"{path}, line {line}"):
             if not isinstance(problem, str) or not problem.strip():
                 raise ValueError("expected a text under 'problem' or 'question'")
             if id in lines:

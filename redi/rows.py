@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 
-from redi.files import at, read_jsonl
+from redi.files import error_context, read_jsonl
 from redi.tokenizer import PREFILL, Tokenizer
 
 
@@ -50,7 +50,7 @@ def encode_rows(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> It
             encoded = encode(examples, tokenizer, settings)
         except ValueError:
             for example in examples:  # one by one, to tell which it was
-                with at(f"{path}, line {example.line}"):
+                with error_context(f"{path}, line {example.line}"):
                     encode([example], tokenizer, settings)
             raise
         yield from zip((example.line for example in examples), encoded)
@@ -92,7 +92,7 @@ def read_examples(path: str | Path, pairs: bool) -> Iterator[Example]:
     Raises ValueError naming file, line and key.
     """
     for line, row in read_jsonl(path):
-        with at(f"{path}, line {line}"):
+        with error_context(f"{path}, line {line}"):
             prompt, completions = _pair(row) if pairs else _positive(row)
             if not all(text.strip() for text in completions):
                 raise ValueError("a completion is empty")

@@ -4,19 +4,74 @@ A prompt and its completion are encoded apart, and a forced prefill apart from w
 that a model is trained on are those it sees when it is evaluated, whatever a tokenizer would like to merge.
 """
 
+import datetime
+import json
 from pathlib import Path
 
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
 import tokenizers
 
-from redi.chat_template import CHATML_TEMPLATE, ChatTemplate, try_in_child
-from redi.files import at, read_json, resolve_directory
+from redi.files import error_context, read_json, resolve_directory
 
 # Evaluation makes every response begin with this; those trained on begin with it too.
 PREFILL = "<think>\n"
 # What a tokenizer is made of: all that decides ids and stop ids, but for the eos ids in the model's config.json.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
+CHATML_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 _QUESTION, _ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "sentinel"}
+
+
+class ChatTemplate:
+    """The source of a chat template, with the special tokens that it may name ({"eos_token": "</s>"})."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str]):
+        self.source, self.special_tokens = source, special_tokens
+        self._template = _environment().from_string(source)
+
+    def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        """The conversation as text. Raises ValueError where the template refuses the messages."""
+        try:
+            return self._template.render(messages=messages, tools=None, documents=None,
+                                         add_generation_prompt=add_generation_prompt, **self.special_tokens)
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from None
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}, which marks an assistant's text for trainers: its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def _environment() -> jinja2.Environment:
+    """A sandbox with what templates are written for, the environment of transformers."""
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, **options):  # jinja2's own escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    return environment
 
 
 class Tokenizer:
@@ -79,7 +134,7 @@ class Tokenizer:
             ids = read_json(directory / name).get("eos_token_id") if (directory / name).is_file() else None
             ids = ids if isinstance(ids, list) else [ids]
             eos_ids += [id for id in ids if type(id) is int and 0 <= id < 2**32 and tokenizer.id_to_token(id)]
-        with at(str(directory)):
+        with error_context(str(directory)):
             template = _read_template(directory, config, special_tokens)
         return cls(directory, tokenizer, template, eos_ids)
 
@@ -130,7 +185,7 @@ class Tokenizer:
         return [prefill_ids * start + ids for start, ids in zip(starts, self.encode_batch(rests))]
 
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        with at(str(self.directory)):
+        with error_context(str(self.directory)):
             return self._template.render(messages, add_generation_prompt)
 
 
@@ -148,7 +203,6 @@ def _read_template(directory: Path, config: dict, special_tokens: dict[str, str]
         return ChatTemplate(CHATML_TEMPLATE, special_tokens)
     if not isinstance(source, str):
         raise ValueError(f"tokenizer_config.json's chat_template must be a string, found {type(source).__name__}")
-    try_in_child(source, special_tokens, [[_QUESTION], [_QUESTION, _ANSWER]])
     return ChatTemplate(source, special_tokens)
 
 

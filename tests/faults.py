@@ -48,9 +48,9 @@ import torch
 import evaluate
 import prepare_data
 import train  # noqa: F401  imported once, here, for every forked run
-from redi import pretrained
+from redi.hub import weights as pretrained
 from redi.answer_checker import extract_answer, is_correct
-from redi.chat_template import CHATML_TEMPLATE
+from redi.tokenizer import CHATML_TEMPLATE
 from tests import tiny
 
 try:

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from redi import cache, data
+from redi import data
+from redi import files as cache
 from redi.files import read_jsonl
-from redi.pretrained import load_config
+from redi.hub.config import load_config
 from redi.rows import TokenSettings, read_examples
 from redi.tokenizer import Tokenizer
 from tests import tiny

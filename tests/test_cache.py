@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from redi import files
-from redi.cache import cache_path, load_arrays, save_arrays
+from redi.files import cache_path, load_arrays, save_arrays
 
 
 def test_arrays_appear_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -5,10 +5,13 @@ import os
 import pytest
 import torch
 
-from redi import checkpoint, files, pretrained
-from redi.checkpoint import load_checkpoint, save_checkpoint
+from redi import files
+from redi.training import checkpoint
+from redi.hub import weights as pretrained
+from redi.training.checkpoint import load_checkpoint, save_checkpoint
 from redi.model import CausalLM
-from redi.pretrained import load_pretrained, parse_config
+from redi.hub.config import parse_config
+from redi.hub.weights import load_pretrained
 from tests import tiny
 from tests.test_pretrained import same_weights
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from redi.command import uninterrupted
+from redi.cli import uninterrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 WAIT_FOR_EVER = "print('ready', flush=True); sys.stdin.read()"  # as a command does that reads an open pipe
@@ -18,7 +18,7 @@ WAIT_FOR_EVER = "print('ready', flush=True); sys.stdin.read()"  # as a command d
 def start(body: str) -> subprocess.Popen:
     """run_command over a function of these lines, in a process of its own."""
     lines = "\n    ".join(body.strip().splitlines())
-    script = f"import os, signal, sys, time\nfrom redi.command import *\ndef main():\n    {lines}\nrun_command(main)"
+    script = f"import os, signal, sys, time\nfrom redi.cli import *\ndef main():\n    {lines}\nrun_command(main)"
     environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # where it is set, nothing is left to flush at the end
     return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 import evaluate
-from redi import cache, checkpoint, data
+from redi import data
+from redi import files as cache
+from redi.training import checkpoint
 from redi.files import append_row, write_atomically
 from redi.rows import TokenSettings
-from redi.run import MetricsLog
+from redi.training.run import MetricsLog
 from redi.tokenizer import Tokenizer
 from tests import tiny
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from redi import results, toy
-from redi import samples as store
-from redi.generation import Request, generate
-from redi.pretrained import load_pretrained, save_pretrained
+from redi.evaluation import scoring as results
+from redi.example import water_tank as toy
+from redi.evaluation import sample_store as store
+from redi.evaluation.generation import Request, generate
+from redi.hub.weights import load_pretrained, save_pretrained
 from redi.problems import read_benchmark
-from redi.sampling import sample_key
+from redi.evaluation.sampling import sample_key
 from redi.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

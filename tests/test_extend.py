@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from redi.pretrained import load_pretrained
+from redi.hub.weights import load_pretrained
 from redi.tokenizer import Tokenizer
 from tests import tiny
 from tests.conftest import ROOT

@@ -21,10 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
-from redi import attention, data, distributed, generation, kernels, logps_of_rows, losses, model, run
-from redi.generation import Request
+from redi import attention, data, distributed, kernels, losses, model
+from redi.evaluation import generation
+from redi.training import dataset_logps as logps_of_rows
+from redi.training import run
+from redi.evaluation.generation import Request
 from redi.model import CausalLM
-from redi.pretrained import parse_config
+from redi.hub.config import parse_config
 from tests import fake_cuda, tiny
 
 ROOT = Path(__file__).resolve().parent.parent

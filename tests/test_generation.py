@@ -5,12 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from redi import generation
+from redi.evaluation import generation
 from redi.attention import cached_attention, packed_attention
-from redi.generation import Request, generate
+from redi.evaluation.generation import Request, generate
 from redi.model import CausalLM
-from redi.pretrained import parse_config
-from redi.sampling import sample_key
+from redi.hub.config import parse_config
+from redi.evaluation.sampling import sample_key
 
 
 def tiny_model(vocab_size=61, seed=0, **changes):

@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from redi import generation
+from redi.evaluation import generation
 from redi.attention import cached_attention, packed_attention, uses_flash
-from redi.generation import generate
+from redi.evaluation.generation import generate
 from redi.losses import token_logps
 from tests.test_generation import full_logits, make_requests, tiny_model
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from redi.losses import fp32_product, token_logps, uses_onednn
+from redi.kernels import fp32_product, uses_onednn
+from redi.losses import token_logps
 from redi.model import MLP, Linear, RMSNorm
-from redi.pretrained import parse_config
+from redi.hub.config import parse_config
 from tests import tiny
 
 

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from redi.metrics import pass_at_1, pass_at_k
+from redi.evaluation.scoring import pass_at_1, pass_at_k
 
 
 def test_pass_at_1_and_its_errors_by_hand():

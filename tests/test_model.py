@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from redi.attention import ATTENTION_OPS, cached_attention, packed_attention
 from redi.losses import token_logps
 from redi.model import CausalLM, ModelConfig, apply_rope, rope_frequencies
-from redi.pretrained import parse_config
+from redi.hub.config import parse_config
 from tests.tiny import QWEN2, randomize
 
 VOCAB = 123

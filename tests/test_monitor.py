@@ -2,7 +2,7 @@
 
 import json
 
-from redi.monitor import WINDOW, new_history, watch
+from redi.training.run import WINDOW, new_history, watch
 
 
 def first_warning(curve, threshold=1.0):

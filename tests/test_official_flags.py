@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import train
 from redi import data
-from redi.pretrained import load_pretrained
+from redi.hub.weights import load_pretrained
 from redi.tokenizer import Tokenizer
 from tests import tiny
 

@@ -17,11 +17,11 @@ from torch.nn.utils import clip_grad_norm_
 import train
 from redi import data
 from redi.attention import packed_attention
-from redi.chat_template import CHATML_TEMPLATE
-from redi.generation import Request, generate
+from redi.tokenizer import CHATML_TEMPLATE
+from redi.evaluation.generation import Request, generate
 from redi.losses import sequence_logps
 from redi.model import CausalLM
-from redi.pretrained import load_pretrained, save_pretrained
+from redi.hub.weights import load_pretrained, save_pretrained
 from redi.problems import user_message
 from redi.rows import TokenSettings, read_examples
 from redi.tokenizer import Tokenizer

@@ -15,9 +15,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from redi import plan
+from redi.training import plan
 from redi.model import CausalLM
-from redi.pretrained import parse_config
+from redi.hub.config import parse_config
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from redi import plot
-from redi.results import read_results
+from redi.analysis import figures as plot
+from redi.evaluation.scoring import read_results
 from redi.tokenizer import Tokenizer
 from tests import tiny
 from tests.bench.compare import plot_sweep
@@ -34,7 +34,7 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path):
     done = command(
         tmp_path,
         "-m",
-        "redi.plot",
+        "redi.analysis.figures",
         "run",
         "--output",
         "a.png",
@@ -388,7 +388,7 @@ def test_from_training_and_evaluation_to_a_figure(tmp_path, drawn):
         "out/eval",
     )
     command(
-        tmp_path, "-m", "redi.plot", "out/redi", "--results", "out/eval/results.json", "--output", "a.svg"
+        tmp_path, "-m", "redi.analysis.figures", "out/redi", "--results", "out/eval/results.json", "--output", "a.svg"
     )
     svg = (tmp_path / "a.svg").read_text()
     assert ">sums</text>" in svg and ">held-out rows</text>" in svg

@@ -16,7 +16,7 @@ from test_tokenizer import QWEN_TEMPLATE, THINK, THINKING_TEMPLATE, FakeHub, wri
 from test_tokenizer import hub  # noqa: F401
 
 import prepare_data
-from redi.corpus import in_chunks
+from redi.preparation.corpus import in_chunks
 from redi.problems import user_message
 from redi.tokenizer import Tokenizer
 

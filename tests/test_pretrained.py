@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from redi import pretrained
-from redi.pretrained import config_json, load_config, load_pretrained, parse_config, save_pretrained, weights_digest
+from redi.hub import weights as pretrained
+from redi.hub.config import config_json, load_config, parse_config
+from redi.hub.weights import load_pretrained, save_pretrained, weights_digest
 from redi.tokenizer import Tokenizer
 from tests import tiny
 from tests.test_model import LLAMA3_SCALING, VOCAB, make_config

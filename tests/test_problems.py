@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from redi.problems import read_benchmark
-from redi.samples import scored
+from redi.evaluation.sample_store import scored
 
 
 @pytest.fixture

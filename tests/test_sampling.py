@@ -6,8 +6,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from redi import sampling
-from redi.sampling import in_nucleus, sample, sample_key, uniform
+from redi.evaluation import sampling
+from redi.evaluation.sampling import in_nucleus, sample, sample_key, uniform
 
 
 def nucleus_by_sorting(probs, top_p):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from redi import chat_template
-from redi.chat_template import CHATML_TEMPLATE
+from redi import tokenizer as chat_template
+from redi.tokenizer import CHATML_TEMPLATE
 from redi.files import resolve_directory
 from redi.problems import PROMPT_TEMPLATES, user_message
 from redi.tokenizer import Tokenizer
@@ -186,7 +186,7 @@ def test_endless_templates_are_stopped(tmp_path, template, monkeypatch):
 def test_cpu_limit_of_the_child(tmp_path):
     """Also without the parent's clock, as when the parent is killed meanwhile, the child ends."""
     request = ["{{ 9 ** (9 ** 9) }}", {}, [[{"role": "user", "content": "question"}]]]
-    code = ("import io, json, sys; import redi.chat_template as t; t.SECONDS = 1; "
+    code = ("import io, json, sys; import redi.tokenizer as t; t.SECONDS = 1; "
             f"sys.stdin = io.StringIO({json.dumps(request)!r}); t._render_in_child()")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode < 0
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-from redi import monitor, toy
-from redi.pretrained import load_pretrained
+from redi.training import run as monitor
+from redi.example import water_tank as toy
+from redi.hub.weights import load_pretrained
 from redi.tokenizer import Tokenizer
 from tests import tiny
 from tests.bench import compare
@@ -134,7 +135,7 @@ import sys
 from pathlib import Path
 import evaluate
 import train
-from redi import toy
+from redi.example import water_tank as toy
 from tests.bench import compare
 toy.TRAIN_PROBLEMS, toy.TEST_PROBLEMS, toy.MAX_NEW_TOKENS = 60, 5, 12
 for name, steps in (("sft", "4"), ("sft-continued", "2"), ("redi", "2")):
@@ -181,7 +182,7 @@ def test_example_runs_with_two_processes_from_nothing(tmp_path):
     """Rank 0 makes the data, all make the model: the same number of collectives on both."""
     run_example = "toy.run_example(train.main, evaluate.main, 'out', seed=5)"
     (tmp_path / "example.py").write_text(
-        f"{SMALL}from redi.command import run_command\nrun_command(lambda: {run_example})")
+        f"{SMALL}from redi.cli import run_command\nrun_command(lambda: {run_example})")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
                str(tiny.free_port()), "example.py"]
     run = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from redi import checkpoint, data
-from redi import run as run_module
+from redi import data
+from redi.training import checkpoint
+from redi.training import run as run_module
 from redi.losses import dpo_loss, redi_loss, simpo_loss
-from redi.pretrained import load_pretrained
+from redi.hub.weights import load_pretrained
 from redi.tokenizer import Tokenizer
 from tests import tiny, train_jobs
 
@@ -480,7 +481,7 @@ def test_a_restarted_worker_goes_on_although_overwriting_was_asked(place, tmp_pa
 
 BUSY = """
 import signal, torch
-from redi.run import catching_signals
+from redi.training.run import catching_signals
 with catching_signals() as received:
     print("ready", flush=True)
     torch.linalg.eigvals(torch.randn(6000, 6000))  # minutes in one call, during which no Python handler runs

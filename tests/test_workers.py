@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from redi.workers import in_parallel
+from redi.preparation.workers import in_parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,7 +78,7 @@ def process_id(chunk):
 
 
 def modules(chunk):
-    return sorted(name for name in sys.modules if name in ("torch", "redi.workers"))
+    return sorted(name for name in sys.modules if name in ("torch", "redi.preparation.workers"))
 
 
 @pytest.mark.parametrize("death", [die, die_in_the_middle_of_an_answer])
@@ -124,7 +124,7 @@ def test_one_chunk_needs_no_worker():
 
 
 def test_a_worker_loads_no_torch():
-    assert list(in_parallel(modules, [1, 2], processes=2)) == [["redi.workers"]] * 2
+    assert list(in_parallel(modules, [1, 2], processes=2)) == [["redi.preparation.workers"]] * 2
 
 
 def test_closing_ends_the_workers():
@@ -148,8 +148,8 @@ def test_the_death_of_the_last_worker_is_noticed_too(tmp_path):
     status, out, errors = run(f"""
 from pathlib import Path
 import test_workers
-from redi.command import run_command
-from redi.workers import in_parallel
+from redi.cli import run_command
+from redi.preparation.workers import in_parallel
 chunks = [Path({str(tmp_path)!r})] * 2
 run_command(lambda: print(*in_parallel(test_workers.last_dies, chunks, processes=2)))
 """)
@@ -162,8 +162,8 @@ def test_an_interrupt_while_a_worker_starts(place):
     there: such a worker was waited for until the end of days, or wrote a traceback."""
     script = f"""
 import multiprocessing.process, multiprocessing.resource_tracker, multiprocessing.util, os, signal
-from redi.command import run_command
-from redi.workers import in_parallel
+from redi.cli import run_command
+from redi.preparation.workers import in_parallel
 multiprocessing.resource_tracker.ensure_running()
 original, calls = {place}, []
 def interrupted(*arguments):
@@ -182,7 +182,7 @@ def test_ctrl_c_of_a_terminal_reaches_no_worker():
     """Not even while it starts: it inherits that the signal is blocked. The parent does not keep it so."""
     script = """
 import signal, test_workers
-from redi.workers import in_parallel
+from redi.preparation.workers import in_parallel
 print(*in_parallel(test_workers.blocks_sigint, [1, 2], processes=2), test_workers.blocks_sigint(0))
 """
     assert run(script) == (0, "True True False\n", "")

@@ -10,9 +10,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from redi.attention import packed_attention
-from redi.chat_template import CHATML_TEMPLATE
+from redi.tokenizer import CHATML_TEMPLATE
 from redi.model import CausalLM
-from redi.pretrained import parse_config, save_pretrained
+from redi.hub.config import parse_config
+from redi.hub.weights import save_pretrained
 from redi.tokenizer import PREFILL, Tokenizer
 
 TEXTS = ["What is 1 + 2? Let me think step by step: 1 + 2 = 3.\n</think>\nThe answer is \\boxed{3}.", "user assistant"]

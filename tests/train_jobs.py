@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import train
-from redi import checkpoint, distributed
-from redi.command import run_command
+from redi import distributed
+from redi.training import checkpoint
+from redi.cli import run_command
 from redi.tokenizer import Tokenizer
 
 
@@ -104,7 +105,7 @@ def main() -> None:
     path = Path(sys.argv[1])
     outcomes = []
     for job in json.loads(path.read_text()):
-        outcomes.append(distributed.gather(run(job)))
+        outcomes.append(distributed.all_gather_object(run(job)))
         if distributed.rank() == 0:
             Path(f"{path}.outcomes").write_text(json.dumps(outcomes))
 

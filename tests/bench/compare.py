@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import evaluate
 import train
-from redi import plot
-from redi.command import Parser, count, positive_int, run_command
+from redi.analysis import figures as plot
+from redi.cli import Parser, count, positive_int, run_command
 from redi.files import json_line, write_atomically, write_json
-from redi.results import read_results
-from redi.toy import (
+from redi.evaluation.scoring import read_results
+from redi.example.water_tank import (
     SAMPLING, SFT_STEPS, STAGE_2_STEPS, STAGES, evaluate_models, prepare, read_rows, read_samples, results_by_model,
     share_of_hurried_moves, train_stage,
 )  # fmt: skip
@@ -120,7 +120,7 @@ def _compare_method(output: Path, seed: int, method: str) -> None:
 
 
 def _compare_dynamics(output: Path, seed: int, method: str) -> None:
-    """One run with a checkpoint every 15 steps, each evaluated: for redi.plot's figure of four panels."""
+    """One run with a checkpoint every 15 steps, each evaluated: for redi.analysis.figures's figure of four panels."""
     directory = output / f"seed-{seed}"
     run = output / "dynamics" / _slug(method)
     with _output_to(run.with_name(f"{run.name}.log")):

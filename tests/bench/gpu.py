@@ -44,12 +44,13 @@ from training import write_model_directory, write_rows  # noqa: E402
 
 import train  # noqa: E402
 from redi.attention import cached_attention, packed_attention  # noqa: E402
-from redi.command import run_command  # noqa: E402
+from redi.cli import run_command  # noqa: E402
 from redi.data import step_rows  # noqa: E402
-from redi.generation import CACHE_BLOCK, Request, generate  # noqa: E402
+from redi.evaluation.generation import CACHE_BLOCK, Request, generate  # noqa: E402
 from redi.losses import token_logps  # noqa: E402
-from redi.pretrained import load_config, load_pretrained  # noqa: E402
-from redi.sampling import sample_key  # noqa: E402
+from redi.hub.config import load_config  # noqa: E402
+from redi.hub.weights import load_pretrained  # noqa: E402
+from redi.evaluation.sampling import sample_key  # noqa: E402
 from redi.tokenizer import Tokenizer  # noqa: E402
 
 METHODS = ["sft", "redi", "dpo", "simpo"]

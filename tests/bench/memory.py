@@ -91,7 +91,7 @@ def run_sides(method: str, directory: str, args) -> dict[str, list[dict]]:
 def train_in_turns(directory: Path, args) -> None:
     """train.py's loop as it is, but for waiting its turn before each step and reporting after it."""
     import train
-    from redi.run import Run
+    from redi.training.run import Run
 
     turns, steps, (method,) = Turns(), Run.steps, args.methods
 

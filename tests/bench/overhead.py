@@ -26,8 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 import train
-from redi import checkpoint, monitor, pretrained
-from redi.run import MetricsLog
+from redi.training import run as monitor
+from redi.training import checkpoint
+from redi.hub import weights as pretrained
+from redi.hub.config import load_config
+from redi.training.run import MetricsLog
 from tests import tiny
 
 SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6,
@@ -68,7 +71,7 @@ def write_inputs(place: Path, args) -> None:
     tiny.write_model(place / "model", vocab_size=400, **SHAPE)
     config = json.loads((place / "model" / "config.json").read_text())
     (place / "model" / "config.json").write_text(json.dumps({**config, "vocab_size": args.vocabulary}))
-    model = train.CausalLM(pretrained.load_config(place / "model"))
+    model = train.CausalLM(load_config(place / "model"))
     model.init_weights(seed=0)
     pretrained.save_pretrained(model, place / "model", train.Tokenizer.from_pretrained(place / "model"))
     response = " ".join("xyzw"[i % 4] for i in range(args.tokens // 2))  # a letter and a space: two tokens

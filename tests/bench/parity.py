@@ -12,14 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from redi import generation  # first: redi is imported before torch
+from redi.evaluation import generation  # first: redi is imported before torch
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from redi.command import Parser, positive_int, run_command
+from redi.cli import Parser, positive_int, run_command
 from redi.files import resolve_directory, write_json
-from redi.pretrained import MODEL_FILES, load_pretrained
+from redi.hub.weights import MODEL_FILES, load_pretrained
 from redi.problems import read_benchmark, user_message
 from redi.tokenizer import Tokenizer
 from tests.tiny import all_logits

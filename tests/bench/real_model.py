@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from redi.command import Parser, count, not_negative, positive, positive_int, run_command
+from redi.cli import Parser, count, not_negative, positive, positive_int, run_command
 from redi.files import json_line, read_json, read_jsonl, write_atomically, write_json
 from redi.problems import gold_answers
 

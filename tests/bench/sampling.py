@@ -21,10 +21,11 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from redi.generation import Request, generate  # noqa: E402
+from redi.evaluation.generation import Request, generate  # noqa: E402
 from redi.model import CausalLM  # noqa: E402
-from redi.pretrained import load_pretrained, parse_config, save_pretrained  # noqa: E402
-from redi.sampling import sample_key  # noqa: E402
+from redi.hub.config import parse_config  # noqa: E402
+from redi.hub.weights import load_pretrained, save_pretrained  # noqa: E402
+from redi.evaluation.sampling import sample_key  # noqa: E402
 
 SHAPES = {
     "standard": {"vocab_size": 32_000, "hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6},

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from redi.losses import token_logps  # noqa: E402
 from redi.model import RECOMPUTE, CausalLM  # noqa: E402
-from redi.pretrained import parse_config  # noqa: E402
+from redi.hub.config import parse_config  # noqa: E402
 
 SHAPE = {
     "model_type": "qwen2", "vocab_size": 8_000, "hidden_size": 256, "intermediate_size": 704,

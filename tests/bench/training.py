@@ -128,9 +128,10 @@ def write_model_directory(directory: Path, shape: dict, dtype) -> None:
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import models, pre_tokenizers
 
-    from redi.chat_template import CHATML_TEMPLATE
+    from redi.tokenizer import CHATML_TEMPLATE
     from redi.model import CausalLM
-    from redi.pretrained import parse_config, save_pretrained
+    from redi.hub.config import parse_config
+    from redi.hub.weights import save_pretrained
     from redi.tokenizer import Tokenizer
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -211,7 +212,7 @@ def run_ours(directory: Path, args) -> None:
 
     import train
     from redi import data
-    from redi.run import Run
+    from redi.training.run import Run
 
     torch.set_num_threads(1)
     turns, (method,), output = Turns(), args.methods, directory / f"ours-{args.methods[0]}"

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from redi.distributed import gather, local, rank, run_where, say, world_size
-from redi.files import at, file_digest, fsync, naming, read_json, write_json
-from redi.pretrained import chunk_rows, local_rows, open_safetensors, save_pretrained, save_tensors
+from redi.distributed import all_gather_object, local_tensor, print_rank0, rank, run_on_ranks, world_size
+from redi.files import error_context, file_digest, fsync, naming, read_json, write_json
+from redi.hub.weights import chunk_rows, local_rows, open_safetensors, save_pretrained, save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,14 +36,14 @@ def save_checkpoint(output: Path, model, optimizer, tokenizer, state: dict, dtyp
         def write_rows() -> str:
             tensors = {"rng_state": torch.get_rng_state()}
             for name, parameter in model.named_parameters():
-                tensors[f"model.{name}"] = local(parameter).detach().cpu().contiguous()
+                tensors[f"model.{name}"] = local_tensor(parameter).detach().cpu().contiguous()
                 if parameter in optimizer.state:
                     moments = optimizer.state[parameter]
-                    tensors |= {f"{key}.{name}": local(moments[key]).cpu().contiguous() for key in MOMENTS}
+                    tensors |= {f"{key}.{name}": local_tensor(moments[key]).cpu().contiguous() for key in MOMENTS}
             save_tensors(path, tensors)
             return file_digest(path)
 
-        digests = gather(run_where(True, write_rows))
+        digests = all_gather_object(run_on_ranks(True, write_rows))
         save_pretrained(model, partial, tokenizer, dtype)
         updates = [int(moments["step"].item()) for moments in optimizer.state.values()]
         whole_state = {
@@ -53,7 +53,7 @@ def save_checkpoint(output: Path, model, optimizer, tokenizer, state: dict, dtyp
             "sha256": {_rank_file(r, world_size()): digest for r, digest in enumerate(digests)},
         }
         whole_state["digest"] = _state_digest(whole_state)
-        run_where(rank() == 0, lambda: write_json(folder / "state.json", whole_state) or fsync(folder))
+        run_on_ranks(rank() == 0, lambda: write_json(folder / "state.json", whole_state) or fsync(folder))
 
     return _commit(output / step_name(state["step"]), write)
 
@@ -78,7 +78,7 @@ def _commit(path: Path, write: Callable[[Path], None]) -> Path:
         os.rename(partial, path)
         fsync(path.parent)
 
-    run_where(rank() == 0, begin)
+    run_on_ranks(rank() == 0, begin)
     try:
         with naming(path):
             write(partial)
@@ -86,7 +86,7 @@ def _commit(path: Path, write: Callable[[Path], None]) -> Path:
         if rank() == 0:  # gives a full disk its space back
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    run_where(rank() == 0, rename)
+    run_on_ranks(rank() == 0, rename)
     return path
 
 
@@ -97,7 +97,7 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
     """
     state = read_json(path / "training_state" / "state.json")
     saved_ranks = state["world_size"]
-    with at(str(path)):
+    with error_context(str(path)):
         files = [open_safetensors(path / "training_state" / _rank_file(r, saved_ranks)) for r in range(saved_ranks)]
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
             start, stop = max(rows.start, saved.start), min(rows.stop, saved.stop)
             if start < stop:
                 piece = file.get_slice(key)[start - saved.start : stop - saved.start]
-                local(target)[start - rows.start : stop - rows.start].copy_(piece)
+                local_tensor(target)[start - rows.start : stop - rows.start].copy_(piece)
 
     for name, parameter in model.named_parameters():
         restore(parameter, f"model.{name}")
@@ -131,10 +131,10 @@ def newest_checkpoint(output: Path) -> Path | None:
     """
     found = checkpoints(output)
     for path in reversed(found):
-        problems = [problem for problem in gather(_damage(path)) if problem]
+        problems = [problem for problem in all_gather_object(_damage(path)) if problem]
         if not problems:
             return path
-        say(f"{path} is damaged and passed over: {problems[0]}")
+        print_rank0(f"{path} is damaged and passed over: {problems[0]}")
     if found:
         raise ValueError(f"{output}: every checkpoint is damaged; --overwrite begins anew")
     return None

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from redi.attention import cached_attention, packed_attention, uses_flash
-from redi.sampling import sample
+from redi.evaluation.sampling import sample
 
 DECODE_TILE = 16  # tokens that one call of the model decodes on CPU
 CACHE_BLOCK = 1024  # slots; the cache grows in whole blocks
@@ -26,7 +26,7 @@ class Request:
     """One sample to draw. Neighbours with the same prompt share one pass of the model over it."""
 
     prompt_ids: list[int]
-    key: int  # from `redi.sampling.sample_key`
+    key: int  # from `redi.evaluation.sampling.sample_key`
     max_new_tokens: int
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from redi import cache, data, distributed
+from redi import data, distributed, files
+from redi.hub.weights import weights_digest
 from redi.losses import sequence_logps
-from redi.pretrained import weights_digest
 
 
 @torch.no_grad()
@@ -37,13 +37,13 @@ def reference(args, model, dataset: data.Dataset, directory: Path, device: torch
     directory: of the model that training begins from, whose weights are the current ones.
     """
     depends_on = weights_digest(directory), model.config, args.dtype, dataset.digest
-    path = cache.cache_path(args.data, "reference", args.output, *depends_on)
+    path = files.cache_path(args.data, "reference", args.output, *depends_on)
     # Decided by rank 0 alone: a file that one rank sees and another does not would leave them waiting.
-    if not distributed.gather(path.is_file())[0]:
+    if not distributed.all_gather_object(path.is_file())[0]:
         logps = completion_logps(args, model, dataset, device, "reference log-probs").cpu().numpy()
-        save = partial(cache.save_arrays, path, {"reference_logps": logps})
-        distributed.run_where(distributed.local_rank() == 0, save)
-    arrays, _ = cache.load_arrays(path)
+        save = partial(files.save_arrays, path, {"reference_logps": logps})
+        distributed.run_on_ranks(distributed.local_rank() == 0, save)
+    arrays, _ = files.load_arrays(path)
     return torch.from_numpy(arrays["reference_logps"]).to(device)
 
 

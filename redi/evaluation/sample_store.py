@@ -14,7 +14,15 @@ from pathlib import Path
 
 from redi import answer_checker
 from redi.files import (
-    append_row, at, drop_partial_line, file_digest, json_line, read_json, read_jsonl, write_atomically, write_json,
+    append_row,
+    drop_partial_line,
+    error_context,
+    file_digest,
+    json_line,
+    read_json,
+    read_jsonl,
+    write_atomically,
+    write_json,
 )
 from redi.problems import Benchmark, judge
 
@@ -119,7 +127,7 @@ class SampleStore:
 
     def _read(self, path: Path) -> Iterator[tuple[Key, dict]]:
         for line, row in read_jsonl(path) if path.exists() else ():
-            with at(f"{path}, line {line}"):
+            with error_context(f"{path}, line {line}"):
                 for key, types in TYPES.items():
                     if key not in row or type(row[key]) not in types:
                         raise ValueError(f"{key!r} is {str(row.get(key))[:80]!r}; the line is damaged")
@@ -164,7 +172,7 @@ def read_responses(path: str | Path, benchmarks: list[Benchmark]) -> list[dict[K
     samples = [{} for _ in benchmarks]
     for line, row in read_jsonl(path):
         id = str(row.get("id"))
-        with at(f"{path}, line {line}"):
+        with error_context(f"{path}, line {line}"):
             if id not in owners:
                 raise ValueError(f"id {row.get('id')!r} is not among the problems")
             found = samples[owners[id]]

@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from redi.data import Dataset, deal, step_rows
+from redi.data import Dataset, assign_to_ranks, step_rows
 from redi.losses import logit_rows
 from redi.model import FAMILIES, RECOMPUTE, CausalLM, ModelConfig
 
@@ -132,7 +132,7 @@ def make_plan(args, config: ModelConfig, dataset: Dataset, total_steps: int, ref
     step_tokens, micro_batches, fullest, total, possible = [], [], 0, 0.0, 0.0
     for step in range(total_steps):
         _, rows = step_rows(len(dataset), args.batch_size, args.seed, step)
-        parts = deal(dataset, rows, config.forward_flops, args.micro_batch_tokens, args.world_size)
+        parts = assign_to_ranks(dataset, rows, config.forward_flops, args.micro_batch_tokens, args.world_size)
         step_tokens.append(int(tokens[rows].sum()))
         micro_batches.append(len(parts))
         fullest = max(fullest, max(int(tokens[part].sum()) for micro in parts for part in micro))

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 
-from redi.command import uninterrupted
+from redi.cli import uninterrupted
 
 SPAWN = multiprocessing.get_context("spawn")
 

@@ -7,7 +7,7 @@ import itertools
 import random
 
 from redi.answer_checker import extract_answer
-from redi.corpus import require
+from redi.preparation.corpus import require
 from redi.problems import gold_answers, judge
 
 # What becomes of a row, in the order in which it is asked. Every row is counted as read and once more up to
@@ -21,7 +21,7 @@ OUTCOMES = (
 GENERATIONS = ("correct_generations", "incorrect_generations", "unboxed_generations")
 
 
-class LeftOut(Exception):
+class SkipRow(Exception):
     """Raised for a row that gives no training data, with the outcome that says why."""
 
 
@@ -31,7 +31,7 @@ def openr1_verdicts(row: dict, verdict: str, exclude_sources: list[str]) -> list
 
     Layouts: OpenR1-Math-Raw (a struct `correctness`), OpenR1-Math-220k (`correctness_llama` and
     `correctness_math_verify`; its problems were all found valid, so that it has no problem_is_valid), and the
-    flattened OpenR1-Math-Raw without a Llama verdict. Raises LeftOut; and ValueError for a column that is missing or
+    flattened OpenR1-Math-Raw without a Llama verdict. Raises SkipRow; and ValueError for a column that is missing or
     of another type.
     """
     require(row, "problem", "generations", "source")
@@ -57,13 +57,13 @@ def openr1_verdicts(row: dict, verdict: str, exclude_sources: list[str]) -> list
         require(row, "problem_is_valid")
         valid = row["problem_is_valid"]
         if not (isinstance(valid, str) and valid.strip().lower() == "yes"):
-            raise LeftOut("invalid_problem")
+            raise SkipRow("invalid_problem")
     _check(row, exclude_sources)
     lists = [verdicts.get(names[name]) for name in wanted]
     if verdict == "either":  # where one judge was not asked (OpenR1-Math-220k), the other decides
         lists = [one for one in lists if one is not None]
     if not lists or any(not isinstance(one, list) or len(one) != len(row["generations"]) for one in lists):
-        raise LeftOut("mismatched_verdicts")
+        raise SkipRow("mismatched_verdicts")
     for value in itertools.chain(*lists):
         if not (value is None or isinstance(value, (bool, int, float))):
             raise ValueError(f"a verdict must be true, false or null, found {value!r}")
@@ -73,29 +73,29 @@ def openr1_verdicts(row: dict, verdict: str, exclude_sources: list[str]) -> list
 
 def own_verdicts(row: dict, exclude_sources: list[str]) -> tuple[list[str | None], list[bool]]:
     """The final answer of every generation (None: no closed box), and whether our answer checker finds it equal to
-    one of the gold ones. Raises LeftOut; and ValueError for a column that is missing or of another type."""
+    one of the gold ones. Raises SkipRow; and ValueError for a column that is missing or of another type."""
     require(row, "problem", "answer", "generations")
     _check(row, exclude_sources)
     gold = gold_answers(row["answer"])
     if not gold:
-        raise LeftOut("no_answer")
+        raise SkipRow("no_answer")
     verdicts = [judge(text or "", gold) for text in row["generations"]]
     return [answer for answer, _ in verdicts], [correct for _, correct in verdicts]
 
 
 def _check(row: dict, exclude_sources: list[str]) -> None:
-    """Raises LeftOut where there is nothing to select from, and ValueError for values of another type."""
+    """Raises SkipRow where there is nothing to select from, and ValueError for values of another type."""
     if row.get("source") in exclude_sources:
-        raise LeftOut("excluded_source")
+        raise SkipRow("excluded_source")
     problem, generations = row["problem"], row["generations"]
     if not (problem is None or isinstance(problem, str)):
         raise ValueError(f"'problem' must be a string, found {type(problem).__name__}")
     if not (problem and problem.strip()):
-        raise LeftOut("no_problem")
+        raise SkipRow("no_problem")
     if not (generations is None or isinstance(generations, list)):
         raise ValueError(f"'generations' must be a list of strings, found {type(generations).__name__}")
     if not generations:
-        raise LeftOut("no_generations")
+        raise SkipRow("no_generations")
     for number, text in enumerate(generations):
         if not (text is None or isinstance(text, str)):
             raise ValueError(f"'generations'[{number}] must be a string, found {type(text).__name__}")
@@ -108,14 +108,14 @@ def select(
 
     negatives: which incorrect ones: the "first", "shortest", "longest" (in characters) or a "random" draw with this
     seed, up to `limit`; truncated: "drop" leaves out generations without a closed box. A generation without text is
-    neither correct nor incorrect; one equal to y_w teaches nothing against it. Raises LeftOut where none is correct.
+    neither correct nor incorrect; one equal to y_w teaches nothing against it. Raises SkipRow where none is correct.
     """
     texts = [(text, verdict) for text, verdict in zip(generations, correct) if text and text.strip()]
     if truncated == "drop":
         texts = [(text, verdict) for text, verdict in texts if extract_answer(text) is not None]
     chosen = next((text for text, verdict in texts if verdict), None)
     if chosen is None:
-        raise LeftOut("no_correct")
+        raise SkipRow("no_correct")
     rejected = list(dict.fromkeys(text for text, verdict in texts if not verdict and text != chosen))
     if negatives == "shortest":
         rejected.sort(key=len)

@@ -1,7 +1,7 @@
 """Figures (with matplotlib): the paper's training dynamics of any number of runs; the lengths in a data file.
 
-    python -m redi.plot out/redi out/dpo --results out/eval/results.json --output dynamics.png
-    python -m redi.plot --lengths pairs.jsonl --tokenizer Qwen/Qwen2.5-Math-1.5B --output lengths.svg
+    python -m redi.analysis.figures out/redi out/dpo --results out/eval/results.json --output dynamics.png
+    python -m redi.analysis.figures --lengths pairs.jsonl --tokenizer Qwen/Qwen2.5-Math-1.5B --output lengths.svg
 """
 
 import re
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from redi.command import Parser, run_command
+from redi.cli import Parser, run_command
+from redi.evaluation.scoring import read_results
 from redi.files import read_json, read_jsonl, replacing
-from redi.results import read_results
 from redi.rows import read_examples
 from redi.tokenizer import Tokenizer
 
@@ -229,7 +229,7 @@ def save_figure(figure, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m redi.plot", description=__doc__)
+    parser = Parser(prog="python -m redi.analysis.figures", description=__doc__)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="output directories of train.py")
     add("--output", required=True, type=Path, help="the figure: .png or .svg")

@@ -24,13 +24,13 @@ import torch
 
 from redi import distributed
 from redi.answer_checker import is_correct
-from redi.chat_template import CHATML_TEMPLATE
+from redi.evaluation.scoring import read_results
 from redi.files import json_line, read_jsonl, write_atomically
+from redi.hub.config import parse_config
+from redi.hub.weights import save_pretrained
 from redi.model import CausalLM
-from redi.pretrained import parse_config, save_pretrained
 from redi.problems import assistant_message, user_message
-from redi.results import read_results
-from redi.tokenizer import Tokenizer
+from redi.tokenizer import CHATML_TEMPLATE, Tokenizer
 
 CAPACITY = 15  # litres
 CHANGES = 6  # of the level, in a problem
@@ -225,8 +225,8 @@ def prepare(output: Path, seed: int) -> None:
     """Write what is not there yet of the data and the model to start from. Every rank calls."""
     data, start = output / "data", output / "start"
     missing = distributed.rank() == 0 and not (data / "problems.jsonl").exists()  # the file written last
-    distributed.run_where(missing, lambda: write_data(data, seed))
-    if not distributed.gather((start / "generation_config.json").exists())[0]:  # likewise; as rank 0 sees it
+    distributed.run_on_ranks(missing, lambda: write_data(data, seed))
+    if not distributed.all_gather_object((start / "generation_config.json").exists())[0]:  # likewise; as rank 0 sees it
         write_model(start, seed)
 
 

@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from redi.files import at, file_digest, read_jsonl, resolve_directory
+from redi.files import error_context, file_digest, read_jsonl, resolve_directory
 
 # Of a parquet file, only these are read.
 COLUMNS = (
@@ -156,7 +156,7 @@ def one_row_per_problem(rows: Iterable[tuple[str, dict]], path: Path) -> Iterato
                                "CREATE TABLE rows (number INTEGER PRIMARY KEY, problem, place, row);")
         database.execute("BEGIN")
         for place, row in rows:
-            with at(place):
+            with error_context(place):
                 require(row, "problem", "answer", column)
             problem = digest(json.dumps([row["problem"], row["answer"]]))
             row = json.dumps({name: value for name, value in row.items() if name in COLUMNS})

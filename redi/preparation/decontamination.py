@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from redi.files import at, json_line, read_jsonl
+from redi.files import error_context, json_line, read_jsonl
 
 
 def decontaminate(inputs: list[Path], against: list[Path], ngram: int, examples: int, directory: Path) -> dict:
@@ -24,7 +24,7 @@ def decontaminate(inputs: list[Path], against: list[Path], ngram: int, examples:
         with open(directory / path.name, "wb") as file:
             for number, row in tqdm(read_jsonl(path), unit=" rows", disable=None, desc=path.name):
                 counts["read"] += 1
-                with at(f"{path}, line {number}"):
+                with error_context(f"{path}, line {number}"):
                     problem = problem_text(row)
                 hits = {}  # benchmark -> (n-gram, id of the evaluation problem)
                 for words in word_ngrams(problem, ngram):
@@ -32,7 +32,7 @@ def decontaminate(inputs: list[Path], against: list[Path], ngram: int, examples:
                         hits.setdefault(benchmark, (words, problem_id))
                 if not hits:
                     counts["kept"] += 1
-                    with at(f"{path}, line {number}"):
+                    with error_context(f"{path}, line {number}"):
                         file.write(json_line(row, errors="strict"))
                     continue
                 counts["dropped"] += 1

@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import ctypes
 import math
 import os
 import signal
@@ -10,6 +11,18 @@ from collections.abc import Callable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SECONDS_TO_UNWIND = 1
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def prepare_process() -> None:
+    """Set what must be set before torch is imported. For the first lines of a command that imports it."""
+    # oneDNN, and ideep between it and torch, cache 1,024 primitives each, one for every shape of a product. Packed
+    # batches have a new number of tokens at every step, so without a bound memory grows from step to step.
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "16")
+    # The workers of a torchrun that is killed with -9 would train on for hours beside the next run.
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Parser(argparse.ArgumentParser):

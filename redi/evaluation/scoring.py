@@ -1,14 +1,14 @@
 """Results: a row for each model and benchmark, the table on the screen, and results.json, which holds such rows."""
 
+import math
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from redi.evaluation.sample_store import Key, checker_version
 from redi.files import read_json, write_json
-from redi.metrics import pass_at_1, pass_at_k
 from redi.problems import Benchmark
-from redi.samples import Key, checker_version
 
 
 def summarise(benchmark: Benchmark, samples: dict[Key, dict], k: int, settings: dict) -> dict:
@@ -86,3 +86,31 @@ def read_results(path: Path) -> list[dict]:
 
 def _percent(share: float | None, unit: str = "") -> str:
     return "-" if share is None else f"{100 * share:.1f}{unit}"
+
+
+def pass_at_1(correct: np.ndarray) -> tuple[float, float | None, float | None]:
+    """Mean of correct (n problems, k samples) bool, its standard error over runs, and its standard error over problems.
+
+    Over runs, as in the paper (Appendix C.5): each of the k columns is one run over the benchmark with its own
+    accuracy. It tells how much other samples of the same problems would differ. None for k = 1.
+    Over problems: each of the n rows is one problem with its own accuracy. It tells how much the same number of
+    other problems of this kind, and samples of them, would differ. None for n = 1.
+    """
+    runs, problems = correct.mean(axis=0), correct.mean(axis=1)
+    return float(runs.mean()), _standard_error(runs), _standard_error(problems)
+
+
+def _standard_error(values: np.ndarray) -> float | None:
+    """Of the mean of n independent values: their sample standard deviation (ddof 1) / √n; None for one value."""
+    n = len(values)
+    return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> float:
+    """Probability that k of a problem's n samples, drawn without replacement, hold a correct one: the mean.
+
+    1 - C(n - c, k) / C(n, k) for c correct of n (Chen et al. 2021, Eq. 1). correct: (problems, n), k <= n.
+    """
+    n = correct.shape[1]
+    assert 1 <= k <= n
+    return float(np.mean([1 - math.comb(n - c, k) / math.comb(n, k) for c in correct.sum(axis=1).tolist()]))

@@ -25,12 +25,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from redi import checkpoint, distributed, monitor
-from redi.distributed import say
+from redi import distributed
+from redi.distributed import print_rank0
 from redi.files import append_row, drop_partial_line, json_line, read_json, read_jsonl, write_atomically, write_json
-from redi.pretrained import DTYPES
-from redi.tensorboard import EventFiles, event_writer_class
+from redi.hub.weights import DTYPES
+from redi.training import checkpoint
 
+WINDOW = 10  # optimiser steps of the collapse monitor's mean; single batches of the example differ by 0.2 nats
 SHOWN = ("step", "loss", "chosen_logp", "rejected_logp", "grad_norm", "lr", "tokens_per_second")
 
 
@@ -43,7 +44,7 @@ class Run:
         """
         self.args, self.settings, self.knobs, self.output = args, settings, knobs, args.output
         self.record = args.output / "run.json"
-        distributed.run_where(distributed.rank() == 0, lambda: self._check_directory(defaults))
+        distributed.run_on_ranks(distributed.rank() == 0, lambda: self._check_directory(defaults))
 
     def _check_directory(self, defaults: dict[str, str]) -> None:
         if self.args.tensorboard:
@@ -79,7 +80,7 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether the run that --resume asks for has ended. As rank 0 sees it."""
-        return distributed.gather(self.args.resume and (self.output / "final").is_dir())[0]
+        return distributed.all_gather_object(self.args.resume and (self.output / "final").is_dir())[0]
 
     def claim(self, data_digest: str, eval_digest: str | None) -> None:
         """Make the output directory this run's, and write down its settings. Every rank calls.
@@ -101,7 +102,7 @@ class Run:
             checkpoint.remove_leftovers(self.output)
             write_json(self.record, {"settings": self.settings, "data_digest": data_digest})
 
-        distributed.run_where(distributed.rank() == 0, write)
+        distributed.run_on_ranks(distributed.rank() == 0, write)
 
     def begin(self, model, optimizer, tokenizer, held_out: Callable[[], dict[str, float]] | None) -> None:
         """Load the newest checkpoint, if --resume asks for it and there is one. Every rank calls.
@@ -111,15 +112,15 @@ class Run:
         """
         self.model, self.optimizer, self.tokenizer, self.held_out = model, optimizer, tokenizer, held_out
         self.state = {
-            "step": 0, "skipped": 0, "skipped_in_a_row": 0, "collapse": monitor.new_history(),
+            "step": 0, "skipped": 0, "skipped_in_a_row": 0, "collapse": new_history(),
             "best_step": None, "best_margin": None, "held_out_start": None,
         }
         if self.args.resume and (newest := checkpoint.newest_checkpoint(self.output)):
             self.state.update(checkpoint.load_checkpoint(newest, model, optimizer))
         path, step = self.output / "metrics.jsonl", self.state["step"]
-        self.log = distributed.run_where(distributed.rank() == 0, lambda: MetricsLog(path, step))
+        self.log = distributed.run_on_ranks(distributed.rank() == 0, lambda: MetricsLog(path, step))
         show = self.args.tensorboard and distributed.rank() == 0
-        self.events = distributed.run_where(show, lambda: EventFiles(self.output / "tensorboard", step))
+        self.events = distributed.run_on_ranks(show, lambda: EventFiles(self.output / "tensorboard", step))
         if held_out and self.state["held_out_start"] is None:
             values = self._measure()
             if step == 0:
@@ -165,13 +166,13 @@ class Run:
         metrics = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
         self._write_log(metrics)
         if step == 1 or step % args.log_every == 0:
-            say("  ".join(f"{key} {metrics[key]:.5g}" for key in SHOWN if metrics.get(key) is not None))
+            print_rank0("  ".join(f"{key} {metrics[key]:.5g}" for key in SHOWN if metrics.get(key) is not None))
         if not updated:
             self._report_skipped(lines)
-        collapsing = monitor.watch(state["collapse"], metrics, args.collapse_threshold)
+        collapsing = watch(state["collapse"], metrics, args.collapse_threshold)
         if collapsing:
             remedies = ["a smaller --lr", *(f"another {knob}" for knob in self.knobs)]
-            say(f"{collapsing}; {' or '.join(remedies)} may help")
+            print_rank0(f"{collapsing}; {' or '.join(remedies)} may help")
         ending = collapsing and args.stop_on_collapse
         stopping = distributed.any_rank(bool(self.signals))
         if saving or stopping or ending:
@@ -180,12 +181,12 @@ class Run:
             raise ValueError(f"stopped after step {step}, as --stop-on-collapse asks")
         if stopping:
             how = "" if args.resume else " with --resume"
-            say(f"stopped after step {step} of {self.total_steps}: run the same command{how} to continue")
+            print_rank0(f"stopped after step {step} of {self.total_steps}: run the same command{how} to continue")
             raise SystemExit(128 + (self.signals[0] if self.signals else signal.SIGTERM))
 
     def finish(self) -> None:
         """Write OUTPUT/final. Every rank calls."""
-        say(f"wrote {checkpoint.save_final(self.output, self.model, self.tokenizer, DTYPES[self.args.dtype])}")
+        print_rank0(f"wrote {checkpoint.save_final(self.output, self.model, self.tokenizer, DTYPES[self.args.dtype])}")
 
     def _write_log(self, metrics: dict) -> None:
         for log in filter(None, (self.log, self.events)):
@@ -193,8 +194,10 @@ class Run:
 
     def _report_skipped(self, lines) -> None:
         state = self.state
-        say(f"step {state['step']}: loss or gradient is not finite, update skipped ({state['skipped']} so far); "
-            f"lines {list(map(int, lines))} of {self.args.data}")
+        print_rank0(
+            f"step {state['step']}: loss or gradient is not finite, update skipped ({state['skipped']} so far); "
+            f"lines {list(map(int, lines))} of {self.args.data}"
+        )
         if state["skipped_in_a_row"] > self.args.max_skipped:
             raise ValueError(f"{state['skipped_in_a_row']} updates in a row had a loss or gradient that is not finite")
 
@@ -212,10 +215,11 @@ class Run:
         change, threshold = values["eval_chosen_logp"] - state["held_out_start"], self.args.collapse_threshold
         about = f"step {step}: held-out {name.removeprefix('eval_')} {values[name]:.4f}, chosen LogPS {change:+.3f}"
         if not change >= -threshold:
-            say(f"{about} since the start, a loss of more than {threshold:g}: not a candidate for the best checkpoint")
+            print_rank0(f"{about} since the start, a loss of more than {threshold:g}: not a candidate for the best "
+                        "checkpoint")
         elif state["best_step"] is None or values[name] > state["best_margin"]:
             state.update(best_step=step, best_margin=values[name])
-            say(f"{about} since the start: the best checkpoint so far")
+            print_rank0(f"{about} since the start: the best checkpoint so far")
 
     def _save(self) -> None:
         """Commit a checkpoint, then let go of the oldest, but never of the best on held-out rows.
@@ -228,7 +232,7 @@ class Run:
                 self.output, self.model, self.optimizer, self.tokenizer, state, DTYPES[self.args.dtype]
             )
         except OSError as error:
-            return say(f"checkpoint of step {state['step']} not saved, going on without it: {error}")
+            return print_rank0(f"checkpoint of step {state['step']} not saved, going on without it: {error}")
         if distributed.rank() == 0 and keep:
             # One newer than this was damaged, and passed over at --resume: it does not count.
             good = [path for path in checkpoint.checkpoints(self.output) if path <= saved]
@@ -308,3 +312,73 @@ def peak_memory() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def event_writer_class():
+    """torch.utils.tensorboard.SummaryWriter. Raises ValueError where the package that it needs is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+    return SummaryWriter
+
+
+class EventFiles:
+    """For one process to write."""
+
+    def __init__(self, directory: Path, steps_done: int):
+        """TensorBoard drops the points after the first steps_done steps, which an interrupted run left behind: they
+        are measured again, as step 0 is where none is done."""
+        self.directory = directory
+        self.writer = event_writer_class()(directory, purge_step=steps_done + 1 if steps_done else 0)
+
+    def write(self, metrics: dict) -> None:
+        """Add each number of a line of metrics.jsonl by its name, at its step. Where that cannot be written (a full
+        disk), say so and write no more."""
+        if self.writer is None:
+            return
+        try:
+            for name, value in metrics.items():
+                if name != "step" and value is not None:
+                    self.writer.add_scalar(name, value, metrics["step"])
+            self.writer.flush()
+        except OSError as error:
+            self.writer = None
+            print(f"{self.directory} cannot be written ({error}): going on without it")
+
+
+def new_history() -> dict:
+    """What `watch` remembers between steps, ready for JSON: it is saved with a checkpoint."""
+    return {"first": None, "recent": [], "warned": False}
+
+
+def watch(history: dict, metrics: dict, threshold: float) -> str | None:
+    """The collapse monitor: does training on wrong traces take the correct ones down with it? Returns a warning, once.
+
+    Pushing rejected responses away also lowers the chosen ones, a little where it works, without end where it
+    collapses (paper, Section 4). The chosen LogPS (log-prob per token) tells the two apart. In the embedded
+    example, over seeds 10 to 14, α = 0.8 at a rate of 1.5e-4 loses at most 1.05 nats, and the symmetric
+    objective at 3e-4, which collapses, 5.3 to 8.1. So the rule is: the mean of the last WINDOW steps more than
+    `threshold` nats below the first step. At the default of 1.5 nats the correct tokens' (geometric mean) probability
+    is 4.5 times smaller than it was; the collapsing runs get there between step 48 and 68 of 150.
+
+    Args: threshold in nats per token. Steps whose numbers are not finite (None) are passed over, and so is SFT,
+    which pushes nothing away.
+    """
+    chosen = metrics["chosen_logp"]
+    if chosen is None or "rejected_logp" not in metrics:
+        return None
+    if history["first"] is None:
+        history["first"] = {key: metrics[key] for key in ("chosen_logp", "rejected_logp", "grad_norm")}
+    history["recent"] = [*history["recent"], chosen][-WINDOW:]
+    mean = sum(history["recent"]) / len(history["recent"])
+    first = history["first"]
+    if history["warned"] or len(history["recent"]) < WINDOW or first["chosen_logp"] - mean <= threshold:
+        return None
+    history["warned"] = True
+    changes = [f"chosen LogPS {first['chosen_logp']:.2f} -> {mean:.2f} (mean of {WINDOW} steps)"]
+    for key, name in (("rejected_logp", "rejected LogPS"), ("grad_norm", "gradient norm")):
+        if first[key] is not None and metrics[key] is not None:
+            changes.append(f"{name} {first[key]:.3g} -> {metrics[key]:.3g}")
+    return (f"step {metrics['step']}: collapse? {'; '.join(changes)}. The correct responses are losing probability "
+            "as well")

@@ -1,0 +1,1 @@
+"""Sampling with a KV cache, the sample store, and scores."""

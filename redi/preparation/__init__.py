@@ -1,0 +1,1 @@
+"""Teacher traces in, training rows out."""
