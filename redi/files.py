@@ -1,5 +1,6 @@
 """Files in and out: JSONL, JSON objects, atomic writes, digests, cached arrays, hub downloads. Imports no torch."""
 
+import ast
 import contextlib
 import errno
 import fcntl
@@ -9,12 +10,14 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 MAX_LINE_BYTES = 64 * 2**20
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
@@ -223,6 +226,21 @@ def file_digest(path: str | Path) -> str:
 def text_digest(text: str) -> str:
     """The first 16 hexadecimal digits of a text's SHA-256: enough to name a cache file by."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_digest(*sources: str | Path | ModuleType) -> str:
+    """A digest of Python files, given as paths or imported modules: of their syntax trees without docstrings, so
+    that comments, docstrings and layout do not count. For what is kept on disk, keyed by the code that made it."""
+    texts = []
+    for source in sources:
+        path = Path(source.__file__ if isinstance(source, ModuleType) else source)
+        with open_to_read(path) as file:
+            tree = ast.parse(file.read(), str(path))
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+                node.body[:1] = []
+        texts.append(f"{path.name}\n{ast.unparse(tree)}")
+    return text_digest("\n".join(texts))
 
 
 def resolve_directory(path_or_hub_id: str | Path, patterns: list[str], repo_type: str = "model") -> Path:

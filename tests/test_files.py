@@ -4,8 +4,9 @@ import os
 
 import pytest
 
+from redi import files
 from redi.files import (
-    append_row, drop_partial_line, json_line, read_json, read_jsonl, write_atomically, write_json,
+    append_row, code_digest, drop_partial_line, json_line, read_json, read_jsonl, write_atomically, write_json,
 )
 
 
@@ -92,3 +93,20 @@ def test_a_full_disk_leaves_no_part_of_a_line(tmp_path):
         signal.signal(signal.SIGXFSZ, previous)
     assert raised.value.errno in (errno.ENOSPC, errno.EFBIG)
     assert path.read_bytes() == before
+
+
+def test_a_code_digest_changes_with_the_code_and_not_with_words_about_it(tmp_path):
+    path = tmp_path / "sampler.py"
+
+    def digest(text: str) -> str:
+        path.write_text(text)
+        return code_digest(path)
+
+    code = 'def f(x):\n    """Twice x."""\n    return 2 * x\n'
+    assert digest(code) == digest('"""A file."""\n\n\ndef f(x):  # easy\n    return (2 * x)\n')
+    assert digest(code) != digest(code.replace("2 *", "3 *"))
+    assert digest(code) != digest(code.replace("return", 'name = "Twice x."\n    return'))
+    assert code_digest(path, path) != code_digest(path)
+    assert code_digest(files) == code_digest(files.__file__)
+    with pytest.raises(ValueError, match="absent.py"):
+        code_digest(tmp_path / "absent.py")
