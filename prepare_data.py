@@ -29,6 +29,7 @@ from redi.preparation.corpus import (
     digests,
     find_files,
     in_chunks,
+    in_parallel,
     input_files,
     one_row_per_problem,
     read_rows,
@@ -37,7 +38,6 @@ from redi.preparation.corpus import (
 )
 from redi.preparation.decontamination import decontaminate
 from redi.preparation.traces import GENERATIONS, OUTCOMES, SkipRow, openr1_verdicts, own_verdicts, select
-from redi.preparation.workers import in_parallel
 from redi.problems import PROMPT_TEMPLATES, assistant_message, gold_answers, user_message
 from redi.rows import Example, TokenSettings, encode
 from redi.tokenizer import PREFILL, TOKENIZER_FILES, Tokenizer

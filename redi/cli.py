@@ -20,8 +20,13 @@ def prepare_process() -> None:
     # batches have a new number of tokens at every step, so without a bound memory grows from step to step.
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
-    # The workers of a torchrun that is killed with -9 would train on for hours beside the next run.
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """On Linux, kill this process when its parent ends: the workers of a killed parent would go on for hours."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -4,7 +4,6 @@ import functools
 import multiprocessing
 import os
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -12,27 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from redi.preparation.workers import in_parallel
+from redi.preparation.corpus import in_parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def die(chunk):
     os._exit(9)
-
-
-def die_in_the_middle_of_an_answer(chunk):
-    """Half of an answer is in the pipe: its length (four bytes), and less than so many bytes."""
-    [pipe] = [number for number in map(int, os.listdir("/proc/self/fd")) if number > 2 and is_socket(number)]
-    os.write(pipe, (1 << 20).to_bytes(4, "big") + b"half")
-    os._exit(9)
-
-
-def is_socket(descriptor: int) -> bool:
-    try:
-        return stat.S_ISSOCK(os.fstat(descriptor).st_mode)
-    except OSError:  # the one that listed them
-        return False
 
 
 def refuse(chunk):
@@ -56,21 +41,13 @@ def refuse_first_after_second(chunk):
     refuse(first_after_second(chunk)[0])
 
 
-def last_dies(place):
-    """Two processes wait for each other, then the one that was started later dies."""
-    number = int(multiprocessing.current_process().name.rpartition("-")[2])
-    (place / str(number)).touch()
-    deadline = time.monotonic() + 60
-    while len(numbers := [int(path.name) for path in place.iterdir()]) < 2:
-        if time.monotonic() > deadline:
-            raise ValueError("alone")
-        time.sleep(0.01)
-    if number == max(numbers):
+def second_dies(chunk):
+    if first_after_second(chunk)[0] == 1:
         os._exit(9)
 
 
-def blocks_sigint(chunk):
-    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+def blocked_signals(chunk):
+    return sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
 
 def process_id(chunk):
@@ -78,13 +55,18 @@ def process_id(chunk):
 
 
 def modules(chunk):
-    return sorted(name for name in sys.modules if name in ("torch", "redi.preparation.workers"))
+    return sorted(name for name in sys.modules if name in ("torch", "redi.preparation.corpus"))
 
 
-@pytest.mark.parametrize("death", [die, die_in_the_middle_of_an_answer])
-def test_a_worker_that_dies_is_reported(death):
+def test_a_worker_that_dies_is_reported():
     with pytest.raises(ValueError, match="a worker process died"):
-        list(in_parallel(death, [1, 2], processes=2))
+        list(in_parallel(die, [1, 2], processes=2))
+
+
+def test_a_worker_that_dies_while_others_work_is_reported(tmp_path):
+    with pytest.raises(ValueError, match="a worker process died"):
+        list(in_parallel(second_dies, [(number, tmp_path) for number in range(9)], processes=3))
+    assert not multiprocessing.active_children()
 
 
 def test_an_error_of_the_function_is_raised_here():
@@ -124,7 +106,7 @@ def test_one_chunk_needs_no_worker():
 
 
 def test_a_worker_loads_no_torch():
-    assert list(in_parallel(modules, [1, 2], processes=2)) == [["redi.preparation.workers"]] * 2
+    assert list(in_parallel(modules, [1, 2], processes=2)) == [["redi.preparation.corpus"]] * 2
 
 
 def test_closing_ends_the_workers():
@@ -137,33 +119,13 @@ def test_closing_ends_the_workers():
             os.kill(pid, 0)
 
 
-def run(script: str) -> tuple[int, str, str]:
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
-    return result.returncode, result.stdout, result.stderr
-
-
-def test_the_death_of_the_last_worker_is_noticed_too(tmp_path):
-    """Its end of the pipe must not stay open in the parent."""
-    status, out, errors = run(f"""
-from pathlib import Path
-import test_workers
-from redi.cli import run_command
-from redi.preparation.workers import in_parallel
-chunks = [Path({str(tmp_path)!r})] * 2
-run_command(lambda: print(*in_parallel(test_workers.last_dies, chunks, processes=2)))
-""")
-    assert (status, out) == (1, "") and errors.startswith("error: a worker process died")
-
-
 @pytest.mark.parametrize("place", ["multiprocessing.util.spawnv_passfds", "multiprocessing.process.BaseProcess.start"])
 def test_an_interrupt_while_a_worker_starts(place):
-    """After the process is there and before it has been told what to do, or before it is written down that it is
-    there: such a worker was waited for until the end of days, or wrote a traceback."""
+    """After the process has been created and before it receives its task, or before the pool knows it."""
     script = f"""
 import multiprocessing.process, multiprocessing.resource_tracker, multiprocessing.util, os, signal
 from redi.cli import run_command
-from redi.preparation.workers import in_parallel
+from redi.preparation.corpus import in_parallel
 multiprocessing.resource_tracker.ensure_running()
 original, calls = {place}, []
 def interrupted(*arguments):
@@ -175,14 +137,12 @@ def interrupted(*arguments):
 {place} = interrupted
 run_command(lambda: print(*in_parallel(abs, [1, 2], processes=2)))
 """
-    assert run(script) == (143, "", "interrupted\n")
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, "Traceback" in result.stderr) == (143, "", False)
+    assert result.stderr.startswith("interrupted\n")
 
 
-def test_ctrl_c_of_a_terminal_reaches_no_worker():
-    """Not even while it starts: it inherits that the signal is blocked. The parent does not keep it so."""
-    script = """
-import signal, test_workers
-from redi.preparation.workers import in_parallel
-print(*in_parallel(test_workers.blocks_sigint, [1, 2], processes=2), test_workers.blocks_sigint(0))
-"""
-    assert run(script) == (0, "True True False\n", "")
+def test_signals_to_all_processes_reach_no_worker():
+    """Not even while it starts: it inherits that they are blocked. The parent does not keep them so."""
+    blocked = list(in_parallel(blocked_signals, [1, 2], processes=2))
+    assert blocked == [[signal.SIGINT, signal.SIGTERM]] * 2 and blocked_signals(0) == []

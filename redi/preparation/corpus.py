@@ -1,14 +1,21 @@
 """Rows of a teacher's traces in: parquet or JSONL, from this machine or the hub, one row per problem. No torch."""
 
+import collections
 import fnmatch
 import hashlib
 import importlib.util
 import itertools
 import json
+import multiprocessing
+import os
+import signal
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from redi.cli import end_with_parent
 from redi.files import error_context, file_digest, read_jsonl, resolve_directory
 
 # Of a parquet file, only these are read.
@@ -187,6 +194,51 @@ def in_chunks(rows: Iterable[tuple[str, dict]]) -> Iterator[list[tuple[str, dict
             chunk, characters = [], 0
     if chunk:
         yield chunk
+
+
+def in_parallel(function: Callable, chunks: Iterable, processes: int) -> Iterator:
+    """Yield function(chunk) for each chunk, in order, computed by worker processes. A single chunk, or one process,
+    needs no worker. At most 2 * processes chunks are in flight. `function` must be picklable.
+
+    Raises the exception of the first chunk that fails, and ValueError where a worker process dies.
+    """
+    chunks = iter(chunks)
+    first = list(itertools.islice(chunks, processes))
+    chunks = itertools.chain(first, chunks)
+    if len(first) < 2:
+        yield from map(function, chunks)
+        return
+    pool = ProcessPoolExecutor(len(first), multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pending = collections.deque()
+    try:
+        for chunk in chunks:
+            if len(pending) == 2 * processes:
+                yield pending.popleft().result()
+            pending.append(_submit(pool, function, chunk))
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        for worker in multiprocessing.active_children():  # the pool sends SIGTERM, which they block
+            worker.kill()
+        raise ValueError("a worker process died (killed, or out of memory); nothing was written") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    end_with_parent()
+    if not multiprocessing.parent_process().is_alive():  # it was killed while this process started
+        os._exit(1)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable, chunk) -> Future:
+    """Submitting starts a worker where none is idle. It inherits the signal mask: a signal that goes to all processes
+    (Ctrl-C in a terminal, the end of a batch job) is the parent's to handle."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return pool.submit(function, chunk)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def require(row: dict, *names: str) -> None:
