@@ -164,14 +164,14 @@ def plot_sweep(rows: list[dict], path: Path, baseline: tuple[str, float] | None 
     Args: rows: {"method": str, "lr": float, "accuracy": share, "sem": its standard error or None}, any order;
     path: PNG or SVG; baseline: (label, accuracy) of a model that the methods began from, as a dashed line.
     """
-    figure, panels = plot.new_figure(path, ["accuracy"], panel_size=(6.4, 4.6))
-    axes = panels["accuracy"]
+    figure, [axes] = plot.new_figure(["Accuracy (pass@1, %)"], panel_size=(6.4, 4.6))
     for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         ours = sorted((row for row in rows if row["method"] == method), key=lambda row: row["lr"])
         axes.errorbar(
             [row["lr"] for row in ours], [100 * row["accuracy"] for row in ours],
             [100 * (row["sem"] or 0.0) for row in ours], label=method, linewidth=1.7,
-            marker=plot.MARKERS[i % len(plot.MARKERS)], markersize=5, capsize=3, elinewidth=1, **plot.line_style(i),
+            marker=plot.MARKERS[i % len(plot.MARKERS)], markersize=5, capsize=3, elinewidth=1,
+            color=plot.COLORS[i % len(plot.COLORS)], linestyle="-" if i < len(plot.COLORS) else "--",
         )
     if baseline:
         axes.axhline(100 * baseline[1], color="#777777", linestyle="--", linewidth=1.3, label=baseline[0])
@@ -180,7 +180,6 @@ def plot_sweep(rows: list[dict], path: Path, baseline: tuple[str, float] | None 
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
     axes.set_xlabel("peak learning rate")
-    axes.set_title("Accuracy (pass@1, %)")
     figure.legend(loc="outside upper center", ncols=3, fontsize=10)
     plot.save_figure(figure, path)
 
