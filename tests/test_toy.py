@@ -155,8 +155,7 @@ def test_example_runs_from_data_to_table_and_keeps_what_is_done(tmp_path):
     shown = run.stdout[run.stdout.index("4 of 4") :]
     for title in ("SFT  ", "SFT continued  ", "REDI  "):
         assert re.search(rf"^{title} .*±.*%.*%", shown, re.MULTILINE), shown
-    assert "right solutions" in shown and "wrong solutions" in shown and "Tank of 15 litres: " in shown
-    assert "set OMP_NUM_THREADS=1 for your runs" in shown
+    assert "correct traces" in shown and "wrong traces" in shown and "Tank of 15 litres: " in shown
     for name in toy.STAGES:
         load_pretrained(tmp_path / "out" / name / "final")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/metrics.jsonl")}

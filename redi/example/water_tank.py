@@ -1,11 +1,10 @@
-"""The embedded example: a water tank, a teacher who is careful or in a hurry, and a model small enough for a laptop.
+"""The embedded example: a water-tank task, a teacher with a bad habit, and a model that trains on a laptop.
 
-A problem such as `Tank of 15 litres: 8+3-1+9-7-5+2` starts with 8 litres, then pours in 3, takes out 1, and so on.
-What does not fit runs over, and no more can be taken out than is there: 13+9 gives 15, 3-7 gives 0. How many litres
-are left? The teacher goes change by change (`13+9 -> 15`, hardly ever wrong), or takes up to four changes in one go
-(`In my head: 11-1+9-7 -> 8`, wrong about four times in ten). Many of the right answers were lucky in a hurry, so a
-student who imitates right answers alone picks up the habit. The wrong answers show what the habit costs: that is what
-stage 2 can learn from.
+The problem `Tank of 15 litres: 8+3-1+9-7-5+2` starts at 8 litres, adds 3, removes 1, and so on. The level is clamped
+between 0 and 15 at each change: 13+9 gives 15, 3-7 gives 0. The answer is the final level. The teacher either applies
+one change per line (`13+9 -> 15`, rarely wrong) or hurries and applies up to four at once (`In my head: 11-1+9-7 -> 8`,
+wrong about 40 % of the time). Many correct traces contain a hurried move that happened to be right, so a student that
+imitates correct traces alone learns the habit. The wrong traces show its cost, which is what stage 2 learns from.
 """
 
 import contextlib
@@ -24,6 +23,7 @@ import torch
 
 from redi import distributed
 from redi.answer_checker import is_correct
+from redi.distributed import print_rank0
 from redi.evaluation.scoring import read_results
 from redi.files import json_line, read_jsonl, write_atomically
 from redi.hub.config import parse_config
@@ -33,36 +33,28 @@ from redi.problems import assistant_message, user_message
 from redi.tokenizer import CHATML_TEMPLATE, Tokenizer
 
 CAPACITY = 15  # litres
-CHANGES = 6  # of the level, in a problem
+CHANGES = 6  # changes of the level per problem
 TRAIN_PROBLEMS, TEST_PROBLEMS = 3000, 300
-SOLUTIONS = 6  # teacher samples a training problem
+SOLUTIONS = 6  # teacher samples per training problem
 
-ALWAYS_CAREFUL = 0.15  # share of solutions without any hurry
-HURRY = 0.85  # elsewhere: the chance that a move takes three or four changes at once (or all, where fewer are left)
-WRONG = {1: 0.02, 2: 0.35, 3: 0.45, 4: 0.45}  # the chance that a move of so many changes goes wrong
+ALWAYS_CAREFUL = 0.15  # share of solutions without a hurried move
+HURRY = 0.85  # in the others: probability that a move applies three or four changes at once (or all that are left)
+WRONG = {1: 0.02, 2: 0.35, 3: 0.45, 4: 0.45}  # number of changes in a move -> probability of a wrong result
 
 TASK = f"Tank of {CAPACITY} litres: "
 GIVES = " -> "
-IN_MY_HEAD = "In my head: "  # how a hurried move begins; it makes a hurried solution about as long as a careful one
+IN_MY_HEAD = "In my head: "  # starts a hurried move; makes hurried solutions about as long as careful ones
 MOVE = re.compile(rf"^(?:{IN_MY_HEAD})?(\d+)((?:[+-]\d)+){GIVES}(\d+)$", re.MULTILINE)
 
 MODEL = {
-    "model_type": "qwen2",
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.05,
+    "model_type": "qwen2", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "initializer_range": 0.05,
 }
 
 
 def pour(level: int, changes: list[int]) -> int:
-    """The level after these changes, each of which ends at the bottom or at the rim at the latest."""
+    """The level after these changes, clamped to [0, CAPACITY] after each."""
     for change in changes:
         level = min(max(level + change, 0), CAPACITY)
     return level
@@ -74,27 +66,27 @@ def changes_text(level: int, changes: list[int]) -> str:
 
 
 def teacher_solution(level: int, changes: list[int], rng: random.Random) -> str:
-    """What the teacher writes: reasoning in <think>…</think>, then the answer in \\boxed{…}; right or wrong."""
+    """A teacher trace: reasoning in <think>…</think>, then the answer, correct or wrong, in \\boxed{…}."""
     always_careful = rng.random() < ALWAYS_CAREFUL
     lines = ["<think>"]
     while changes:
         hurries = len(changes) > 1 and not always_careful and rng.random() < HURRY
         count = min(rng.choice((3, 4)), len(changes)) if hurries else 1
         taken, changes = changes[:count], changes[count:]
-        result = _slip(level, taken, rng) if rng.random() < WRONG[count] else pour(level, taken)
+        result = _wrong_level(level, taken, rng) if rng.random() < WRONG[count] else pour(level, taken)
         lines.append(f"{IN_MY_HEAD if hurries else ''}{changes_text(level, taken)}{GIVES}{result}")
         level = result
     return "\n".join([*lines, "</think>", f"\\boxed{{{level}}}"])
 
 
-def _slip(level: int, taken: list[int], rng: random.Random) -> int:
-    """A wrong level: off by one or, of several changes, one with the wrong sign, one forgotten, or all of them added
-    up as if nothing had run over on the way."""
-    right = pour(level, taken)
-    result = right
-    while result == right:
+def _wrong_level(level: int, taken: list[int], rng: random.Random) -> int:
+    """A wrong level: off by one or, for several changes, with one sign flipped, one change skipped, or the sum of all
+    clamped only at the end."""
+    correct = pour(level, taken)
+    result = correct
+    while result == correct:
         i = rng.randrange(len(taken))
-        slips = [pour(right, [rng.choice((-1, 1))])]
+        slips = [pour(correct, [rng.choice((-1, 1))])]
         if len(taken) > 1:
             slips += [pour(level, taken[:i] + [-taken[i]] + taken[i + 1 :]), pour(level, taken[:i] + taken[i + 1 :]),
                       pour(level, [sum(taken)])]
@@ -103,24 +95,23 @@ def _slip(level: int, taken: list[int], rng: random.Random) -> int:
 
 
 def share_of_hurried_moves(responses: list[str]) -> float:
-    """Of all moves written in these solutions (lines such as `In my head: 8+3-1 -> 10`), the share that takes several
-    changes at once; nan where there is no move."""
+    """Share of moves in these responses (lines such as `8+3 -> 11`) that apply several changes; nan without moves."""
     counts = [len(re.findall("[+-]", taken)) for response in responses for _, taken, _ in MOVE.findall(response)]
     return sum(count > 1 for count in counts) / len(counts) if counts else math.nan
 
 
 def write_data(output: str | Path, seed: int) -> None:
-    """Write the example's data into the directory `output`, all of it a function of `seed`:
+    """Write the example's data into the directory `output`, deterministic in `seed`:
 
-    teacher.jsonl: {"id", "problem", "answer", "source", "generations"}, what `prepare_data.py traces` reads;
-    positives.jsonl, pairs.jsonl: each problem's first right solution, and its first wrong one beside it, as the
-        answer checker judges them: what that command makes of teacher.jsonl;
-    problems.jsonl: {"id", "problem", "answer"}, held out: none of them is among the teacher's.
+    teacher.jsonl: {"id", "problem", "answer", "source", "generations"}, the input of `prepare_data.py traces`;
+    positives.jsonl, pairs.jsonl: the output of that command: each problem's first correct trace, and in pairs its
+        first wrong one, as judged by the answer checker;
+    problems.jsonl: {"id", "problem", "answer"}, held out: disjoint from the teacher's problems.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    answers: dict[str, str] = {}  # by problem: none comes twice, so none is in both training and test
+    answers: dict[str, str] = {}  # by problem; a duplicate could be in both training and test
     teacher, positives, pairs, test = [], [], [], []
     while len(answers) < TRAIN_PROBLEMS + TEST_PROBLEMS:
         level, changes = rng.randint(0, CAPACITY), [rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(CHANGES)]
@@ -135,13 +126,13 @@ def write_data(output: str | Path, seed: int) -> None:
         generations = [teacher_solution(level, changes, rng) for _ in range(SOLUTIONS)]
         teacher.append({**named, "problem": problem, "answer": answer, "generations": generations})
         verdicts = [is_correct(solution, answer) for solution in generations]
-        right = next((solution for solution, verdict in zip(generations, verdicts) if verdict), None)
+        correct = next((solution for solution, verdict in zip(generations, verdicts) if verdict), None)
         wrong = next((solution for solution, verdict in zip(generations, verdicts) if not verdict), None)
         prompt = [user_message(problem)]
-        if right:
-            positives.append({"prompt": prompt, "completion": [assistant_message(right)], **named})
-        if right and wrong:
-            pairs.append({"prompt": prompt, "chosen": [assistant_message(right)],
+        if correct:
+            positives.append({"prompt": prompt, "completion": [assistant_message(correct)], **named})
+        if correct and wrong:
+            pairs.append({"prompt": prompt, "chosen": [assistant_message(correct)],
                           "rejected": [assistant_message(wrong)], **named})  # fmt: skip
     named_rows = {"teacher": teacher, "positives": positives, "pairs": pairs, "problems": test}
     for name, rows in named_rows.items():
@@ -150,7 +141,7 @@ def write_data(output: str | Path, seed: int) -> None:
 
 
 def write_model(directory: str | Path, seed: int) -> None:
-    """Write a model directory with the example's tokenizer and random weights drawn from `seed`. Every rank calls."""
+    """Write a model directory: the example's tokenizer, and random weights from `seed`. Collective."""
     with tempfile.TemporaryDirectory() as temporary:
         write_tokenizer(temporary)
         tokenizer = Tokenizer.from_pretrained(temporary)
@@ -160,7 +151,7 @@ def write_model(directory: str | Path, seed: int) -> None:
 
 
 def write_tokenizer(directory: str | Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json: one token a number, a sign or a word; ChatML turns."""
+    """Write tokenizer.json and tokenizer_config.json: one token per number, sign or word; ChatML turns."""
     special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|unknown|>"]
     words = ["system", "user", "assistant", "<think>", "</think>", "\\boxed{", "}", "\n", TASK, GIVES, "+", "-"]
     words += re.findall(r" ?\w+|: ", IN_MY_HEAD)
@@ -169,7 +160,7 @@ def write_tokenizer(directory: str | Path) -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     pattern = "|".join([re.escape(word) for word in words] + ["[1-9][0-9]", "[0-9]"])
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-    tokenizer.decoder = tokenizers.decoders.Fuse()  # tokens side by side, no space between
+    tokenizer.decoder = tokenizers.decoders.Fuse()  # concatenates tokens without spaces
     tokenizer.add_special_tokens(special)
     tokenizer.save(str(Path(directory) / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
@@ -177,8 +168,8 @@ def write_tokenizer(directory: str | Path) -> None:
     (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-# The run without arguments. SFT ends on its plateau: twice the steps gain nothing. Stage 2 and its control, more SFT,
-# take equally many updates on equally many sequences (a pair is two).
+# SFT is trained to its plateau: doubling the steps gains nothing. Stage 2 and its control (more SFT) take the same
+# number of updates on the same number of sequences (a pair counts as two).
 SFT_STEPS, STAGE_2_STEPS = 2000, 150
 STAGES = {
     "sft": ["sft", "--steps", str(SFT_STEPS), "--batch-size", "16", "--lr", "2e-3"],
@@ -186,34 +177,33 @@ STAGES = {
     "redi": ["redi", "--steps", str(STAGE_2_STEPS), "--batch-size", "16", "--lr", "7e-5"],
 }
 TITLES = {
-    "sft": "SFT: the model imitates the right solutions",
-    "sft-continued": "SFT continued, for comparison: more of the same, as many updates and solutions as REDI gets",
-    "redi": "REDI: from the SFT model, towards right solutions and away from wrong ones",
+    "sft": "SFT: imitate the correct traces",
+    "sft-continued": "SFT continued, the control: further SFT with as many updates and traces as REDI",
+    "redi": "REDI: from the SFT model, towards the correct traces and away from the wrong ones",
 }
 SAMPLING = {"sampled": ["--samples", "4"], "greedy": ["--samples", "1", "--temperature", "0"]}
-MAX_NEW_TOKENS = 96  # the teacher's longest solution has 42
-
+MAX_NEW_TOKENS = 96  # the longest teacher trace has 42
 
 Command = Callable[[list[str]], None]  # main(argv) of train.py or evaluate.py
 
 
 def run_example(train: Command, evaluate: Command, output: str | Path = "out/example", seed: int = 0) -> None:
-    """Data, SFT, SFT continued (the control), REDI, and an evaluation of all three: `train.py` without arguments.
+    """`train.py` without arguments: data, SFT, SFT continued (the control), REDI, and an evaluation of all three.
 
-    What an earlier run has finished is kept, what it has begun is continued. Every rank calls.
+    Resumes an earlier run: finished parts are kept. Collective.
     """
     output = Path(output)
     data = output / "data"
-    torch.set_num_threads(1)  # products this small gain nothing from more, and lose much on a busy machine
+    torch.set_num_threads(1)  # more threads do not speed up products this small, and slow them down on a busy machine
     distributed.init_process_group()
     prepare(output, seed)
-    _say(_introduction(data))
+    print_rank0(_introduction(data))
     for number, (name, arguments) in enumerate(STAGES.items(), 1):
-        _say(f"\n{number} of 4. {TITLES[name]}")
+        print_rank0(f"\n{number} of 4. {TITLES[name]}")
         start = output / ("start" if name == "sft" else "sft/final")
         rows = data / ("pairs.jsonl" if name == "redi" else "positives.jsonl")
         train_stage(train, arguments, start, rows, output / name, seed)
-    _say(f"\n4 of 4. Each model solves {TEST_PROBLEMS} held-out problems: 4 samples at temperature 0.6, and greedily")
+    print_rank0(f"\n4 of 4. Evaluation on {TEST_PROBLEMS} held-out problems: 4 samples at temperature 0.6, and greedy")
     models = [output / name / "final" for name in STAGES]
     for folder, arguments in SAMPLING.items():
         evaluate_models(evaluate, models, data / "problems.jsonl", output / folder, [*arguments, "--seed", str(seed)])
@@ -222,11 +212,11 @@ def run_example(train: Command, evaluate: Command, output: str | Path = "out/exa
 
 
 def prepare(output: Path, seed: int) -> None:
-    """Write what is not there yet of the data and the model to start from. Every rank calls."""
+    """Write the data and the start model unless they exist. Collective."""
     data, start = output / "data", output / "start"
-    missing = distributed.rank() == 0 and not (data / "problems.jsonl").exists()  # the file written last
+    missing = distributed.rank() == 0 and not (data / "problems.jsonl").exists()  # written last
     distributed.run_on_ranks(missing, lambda: write_data(data, seed))
-    if not distributed.all_gather_object((start / "generation_config.json").exists())[0]:  # likewise; as rank 0 sees it
+    if not distributed.all_gather_object((start / "generation_config.json").exists())[0]:  # as rank 0 sees it
         write_model(start, seed)
 
 
@@ -236,7 +226,7 @@ def train_stage(train: Command, arguments: list[str], start: Path, rows: Path, o
 
 
 def evaluate_models(evaluate: Command, models: list[Path], problems: Path, output: Path, arguments: list[str]) -> None:
-    """evaluate.py, without its own table."""
+    """Run evaluate.py without printing its table."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluate(["--model", *map(str, models), "--problems", str(problems), "--output", str(output),
                   "--dtype", "float32", "--rows", "400", "--max-new-tokens", str(MAX_NEW_TOKENS), *arguments])
@@ -244,14 +234,14 @@ def evaluate_models(evaluate: Command, models: list[Path], problems: Path, outpu
 
 def _introduction(data: Path) -> str:
     pair = json.loads((data / "pairs.jsonl").read_text().partition("\n")[0])
-    right, wrong = (pair[key][0]["content"] for key in ("chosen", "rejected"))
+    correct, wrong = (pair[key][0]["content"] for key in ("chosen", "rejected"))
     positives, pairs = (len((data / f"{name}.jsonl").read_text().splitlines()) for name in ("positives", "pairs"))
     return f"""
-A tank holds {CAPACITY} litres. Water is poured in and taken out; what does not fit runs over, and an empty tank
-stays empty. A teacher who is often in a hurry has solved {TRAIN_PROBLEMS} such problems, {SOLUTIONS} times each.
-That gives {positives} right solutions to imitate, and {pairs} pairs of a right and a wrong one. The first pair:
+Water is added to and removed from a tank of {CAPACITY} litres, which can neither overflow nor go below empty.
+A teacher that often hurries has written {SOLUTIONS} traces for each of {TRAIN_PROBLEMS} problems. They give
+{positives} correct traces for SFT, and {pairs} pairs of a correct and a wrong trace for REDI. The first pair:
     {pair["prompt"][0]["content"]}
-{_side_by_side(right, wrong, "right", "wrong")}"""
+{_side_by_side(correct, wrong, "correct", "wrong")}"""
 
 
 def _side_by_side(left: str, right: str, left_title: str, right_title: str) -> str:
@@ -261,7 +251,7 @@ def _side_by_side(left: str, right: str, left_title: str, right_title: str) -> s
 
 
 def _results(output: Path) -> str:
-    """What the example shows, as text."""
+    """The example's results as text."""
     sampled, greedy = (results_by_model(output / folder) for folder in SAMPLING)
     samples = {name: read_samples(output / "sampled" / f"{name}-final") for name in STAGES}
     lines = [f"\n{'':16}{'pass@1':>14}{'pass@4':>9}{'greedy':>9}{'hurried moves':>16}{'tokens':>9}"]
@@ -277,24 +267,23 @@ def _results(output: Path) -> str:
     after = next(s for s in samples["redi"] if (s["id"], s["sample"]) == (before["id"], before["sample"]))
     problem = next(row for row in read_rows(output / "data" / "problems.jsonl") if row["id"] == before["id"])
     lines += [
-        "\nThe first sample that SFT got wrong, and REDI's of the same number:",
+        "\nThe first wrong sample of the SFT model, and REDI's sample of the same index:",
         f"    {problem['problem']} (the answer is {problem['answer']})",
         _side_by_side(before["response"], after["response"], "SFT", "REDI"),
-        "\nLog-prob a token while REDI trains, mean over the pairs of a step:",
+        "\nLogPS (log-prob per token) while REDI trains, mean over the pairs of a step:",
     ]
     metrics = read_rows(output / "redi" / "metrics.jsonl")
     shown = [metrics[round(i * (len(metrics) - 1) / 6)] for i in range(7)]
-    for title, key, form in (("step", "step", "d"), ("right solutions", "chosen_logp", ".2f"),
-                             ("wrong solutions", "rejected_logp", ".2f")):
+    for title, key, form in (("step", "step", "d"), ("correct traces", "chosen_logp", ".2f"),
+                             ("wrong traces", "rejected_logp", ".2f")):
         lines.append(f"    {title:16}" + "".join(f"{row[key]:>8{form}}" for row in shown))
     lines += [
         f"\nIn {output}:",
-        "    data/         the teacher's solutions, positives.jsonl, pairs.jsonl, and the held-out problems.jsonl",
-        "    sft/final, sft-continued/final, redi/final      models that transformers and vLLM load",
-        "    */metrics.jsonl                                 one line a training step",
-        "    sampled/, greedy/                               every response, and results.json",
-        "\nThis ran on one thread a process. On a machine that others use too, set OMP_NUM_THREADS=1 for your runs:",
-        "threads that wait for busy cores are slower together than one is alone.",
+        "    data/                        teacher traces, positives.jsonl, pairs.jsonl, held-out problems.jsonl",
+        "    */final                      the models, which transformers and vLLM load",
+        "    */metrics.jsonl              one line per training step",
+        "    sampled/, greedy/            all responses, and results.json",
+        "\nThis used one thread per process. On a busy machine set OMP_NUM_THREADS=1 for your own runs as well.",
     ]
     return "\n".join(lines)
 
@@ -309,8 +298,3 @@ def read_rows(path: Path) -> list[dict]:
 
 def read_samples(folder: Path) -> list[dict]:
     return read_rows(folder / "problems" / "samples.jsonl")
-
-
-def _say(text: str) -> None:
-    if distributed.rank() == 0:
-        print(text, flush=True)
