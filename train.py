@@ -7,6 +7,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from redi.distributed import print_rank0
 from redi.example import water_tank
 from redi.files import resolve_directory
 from redi.hub.config import load_config
-from redi.hub.weights import DTYPES, MODEL_FILES, check_weights, load_weights
+from redi.hub.weights import DTYPES, MODEL_FILES, load_sharded
 from redi.losses import sequence_logps
 from redi.model import RECOMPUTE, CausalLM, ModelConfig
 from redi.rows import TokenSettings
@@ -38,40 +39,44 @@ from redi.training.run import Run
 
 @dataclass(frozen=True)
 class Method:
-    """What a method is. `losses` of (logps (N,), lengths (N,), reference (B, 2) or None, args) -> (B,), unreduced;
-    of pairs, logps and lengths hold all chosen responses first, then all rejected ones."""
+    """An objective with its settings.
 
-    losses: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, argparse.Namespace], torch.Tensor]
+    losses(logps (N,), lengths (N,), reference (B, 2) or None, progress, **flags) -> (B,), unreduced. Of pairs, logps
+    and lengths hold all chosen responses first, then all rejected ones; progress is the share of steps done, in [0, 1).
+    """
+
+    losses: Callable[..., torch.Tensor]
     lr: float  # this and what follows are the paper's settings, Appendix C
     batch_size: int
     epochs: float
     pairs: bool = True  # else rows of one completion, whose loss is divided by the batch's completion tokens
-    reference: bool = False  # needs log π_ref of both responses under the model that training begins from
-    flags: dict[str, dict] = field(default_factory=dict)  # its own: name -> arguments of add_argument
+    reference: bool = False  # needs log π_ref of both responses under the initial model
+    flags: dict[str, dict] = field(default_factory=dict)  # keyword arguments of losses -> options of add_argument
 
 
 METHODS = {
     "sft": Method(
-        lambda logps, lengths, reference, args: losses.sft_loss(logps),
+        lambda logps, lengths, reference, progress, loss_on_prompt: losses.sft_loss(logps),  # the labels tell the rest
         lr=5e-5, batch_size=128, epochs=5, pairs=False,
         flags={"loss_on_prompt": dict(action="store_true", help="train on the prompt too, as the official code does")},
     ),
     "redi": Method(
-        lambda logps, lengths, reference, args: losses.redi_loss(*logps.chunk(2), *lengths.chunk(2), args.alpha),
+        lambda logps, lengths, reference, progress, alpha: losses.redi_loss(
+            *logps.chunk(2), *lengths.chunk(2), alpha),
         lr=1e-6, batch_size=32, epochs=1,
         flags={"alpha": dict(type=not_negative, default=0.8, help="weight of the rejected responses: 1 is symmetric")},
     ),
     "dpo": Method(
-        lambda logps, lengths, reference, args: losses.dpo_loss(
-            *logps.chunk(2), *reference.unbind(1), args.beta, args.label_smoothing),
+        lambda logps, lengths, reference, progress, beta, label_smoothing: losses.dpo_loss(
+            *logps.chunk(2), *reference.unbind(1), beta, label_smoothing),
         lr=2e-7, batch_size=32, epochs=1, reference=True,
         flags={"beta": dict(type=positive, default=0.001, help="scale of the margin"),
                "label_smoothing": dict(type=number(float, "a probability below one half", below=0.5), default=0.0,
                                        help="probability that a label is wrong")},
     ),
     "simpo": Method(
-        lambda logps, lengths, reference, args: losses.simpo_loss(
-            *logps.chunk(2), *lengths.chunk(2), args.beta, args.gamma),
+        lambda logps, lengths, reference, progress, beta, gamma: losses.simpo_loss(
+            *logps.chunk(2), *lengths.chunk(2), beta, gamma),
         lr=5e-7, batch_size=32, epochs=1,
         flags={"beta": dict(type=positive, default=2.0, help="scale of the margin"),
                "gamma": dict(type=float, default=1.0, help="target margin")},
@@ -88,138 +93,133 @@ SETTINGS = (
 def train(args: argparse.Namespace) -> None:
     """Run one stage, from rows to OUTPUT/final. Every rank calls."""
     method, device = METHODS[args.method], distributed.init_process_group()
+    objective = partial(method.losses, **{name: getattr(args, name) for name in method.flags})
     run = Run(args, *run_settings(args), knobs=[f"--{name.replace('_', '-')}" for name in method.flags])
     if run.is_finished():
-        return print_rank0(f"{args.output / 'final'} is there already: nothing to do")
+        return print_rank0(f"{args.output / 'final'} exists: nothing to do")
     directory = resolve_directory(args.model, MODEL_FILES)
     tokenizer = Tokenizer.from_pretrained(directory)
     config = read_config(args, directory, tokenizer)
-    model = build_model(args, config, directory, device)
-    context = config.max_position_embeddings
-    dataset = load_data(args, args.data, tokenizer, context)
-    eval_dataset = load_data(args, args.eval_data, tokenizer, context) if args.eval_data else None
-    run.claim(dataset.digest, eval_dataset and eval_dataset.digest)  # nothing is written before all inputs are good
-    reference = dataset_logps.reference(args, model, dataset, directory, device) if method.reference else None
-    optimizer = build_optimizer(args, model)
-    held_out = eval_dataset and partial(dataset_logps.held_out, args, model, eval_dataset, device)
-    run.begin(model, optimizer, tokenizer, held_out)
-    total_steps = count_steps(args, dataset)
-    print_rank0(
-        f"{args.method}: {len(dataset)} examples ({dataset.dropped} too long and left out), {total_steps} steps of "
-        f"{args.batch_size}, from step {run.state['step']}; {sum(p.numel() for p in model.parameters()):,} parameters "
-        f"on {distributed.world_size()} x {device.type}, {args.dtype}"
-    )
+    model = load_sharded(directory, config, device, DTYPES[args.dtype], args.recompute, args.keep_layers, args.compile)
+    dataset = load_data(args, args.data, tokenizer, config)
+    eval_dataset = args.eval_data and load_data(args, args.eval_data, tokenizer, config)
+    run.claim(dataset.digest, eval_dataset and eval_dataset.digest)  # nothing is written before all inputs are checked
+    batching = {"batch_size": args.batch_size, "micro_batch_tokens": args.micro_batch_tokens}
+    reference = None
+    if method.reference:
+        path = dataset_logps.reference_path(args.data, args.output, directory, config, args.dtype, dataset)
+        reference = dataset_logps.reference(path, model, dataset, **batching)
+    optimizer = build_optimizer(model, args.lr, args.weight_decay)
+    run.begin(model, optimizer, tokenizer,
+              held_out=eval_dataset and partial(dataset_logps.held_out, model, eval_dataset, **batching))
+    total_steps = count_steps(args, len(dataset))
+    print_rank0(f"{args.method}: {len(dataset)} examples ({dataset.dropped} too long, dropped), {total_steps} steps of "
+                f"{args.batch_size}, from step {run.state['step']}; {sum(p.numel() for p in model.parameters()):,} "
+                f"parameters on {distributed.world_size()} x {device.type}, {args.dtype}")
 
     for step, (epoch, rows, micro_batches) in run.steps(total_steps, partial(make_batch, args, config, dataset)):
         lr = set_lr(optimizer, step, total_steps, args.lr, args.warmup)
-        # Counted over all ranks and micro-batches, so that the gradient does not depend on how they are cut.
+        # Counted over all ranks and micro-batches, so that the gradient does not depend on how a step is split.
         normalizer = len(rows) if method.pairs else int(dataset.label_counts[rows].sum())
         totals = defaultdict(float)
         for micro in micro_batches:
             micro = micro.to(device)
             token_logps = model(*micro.model_inputs())
             logps, lengths = sequence_logps(token_logps, micro.labels, micro.cu_seqlens)
-            references = reference[micro.rows] if method.reference else None
-            loss = micro.weight * method.losses(logps, lengths, references, args).sum() / normalizer
+            references = None if reference is None else reference[micro.rows]
+            loss = micro.weight * objective(logps, lengths, references, step / total_steps).sum() / normalizer
             (loss * distributed.world_size()).backward()  # FSDP averages gradients over ranks
-            for name, term in metric_terms(method, loss, logps / lengths, micro.weight / len(rows)).items():
+            for name, term in metric_terms(method, loss, logps, lengths, references, micro.weight / len(rows)).items():
                 totals[name] += term
 
         grad_norm = distributed.clip_grad_norm(model, args.max_grad_norm)
-        metrics = distributed.sums_by_name(totals, grad_norm=grad_norm)  # the one wait for the device in a step
+        metrics = distributed.sums_by_name(totals, grad_norm=grad_norm)  # the only device synchronisation of a step
         finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
         if finite:
             optimizer.step()
-        # On a CPU gradients keep their place: made anew among a step's activations they leave holes, 40 MB of 1,240.
+        # On a CPU, keep the gradient buffers to avoid heap fragmentation (40 MB of 1,240).
         optimizer.zero_grad(set_to_none=device.type != "cpu")
+        if step == 0 and method.reference:
+            dataset_logps.check_reference(metrics["reference_gap"], args.dtype, path)
         metrics |= {"lr": lr, "lr_grad_norm": lr * metrics["grad_norm"], "tokens": dataset.input_lengths[rows].sum()}
         run.after_step(step + 1, epoch, metrics, dataset.lines[rows], updated=finite)
     run.finish()
 
 
 @torch.no_grad()
-def metric_terms(method: Method, loss, averages, share: float) -> dict[str, torch.Tensor]:
+def metric_terms(method: Method, loss, logps, lengths, references, share: float) -> dict[str, torch.Tensor]:
     """What metrics.jsonl reports of a step, by name: scalars on the device that add up over micro-batches and ranks.
 
-    Args: loss: the micro-batch's term; averages (N,): log-prob a token of each response, the paper's LogPS, in
-    nats; share: of one example in the means over the step.
+    Args: loss: the micro-batch's term; logps, lengths (N,), references (B, 2) or None: as in `Method`; share: weight
+    of one example in the means over the step.
     """
-    loss = loss.detach()  # else the graph of every micro-batch would wait for the end of the step
+    loss, averages = loss.detach(), logps / lengths  # a loss with its graph would keep the activations in memory
     if not method.pairs:
         return {"loss": loss, "chosen_logp": share * averages.sum()}
-    chosen, rejected = averages.chunk(2)
-    return {
+    chosen, rejected = averages.chunk(2)  # nats per token: the paper's LogPS
+    terms = {
         "loss": loss,
         "chosen_logp": share * chosen.sum(),
         "rejected_logp": share * rejected.sum(),
         "margin": share * (chosen - rejected).sum(),
         "reward_accuracy": share * (chosen > rejected).sum(),
     }
+    if references is not None:
+        gaps = (logps - references.t().flatten()).abs() / lengths  # 0 at the first step, where DPO's loss is ln 2
+        terms["reference_gap"] = share / 2 * gaps.sum()
+    return terms
 
 
 def set_lr(optimizer, step: int, total_steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the first part of all steps, then linear to zero. Returns the rate of this step."""
-    rising = math.ceil(warmup * total_steps)
-    if step < rising:
-        lr = peak * (step + 1) / rising
+    """Linear warm-up over the first `warmup` share of the steps, then linear to zero. Returns this step's rate."""
+    warmup_steps = math.ceil(warmup * total_steps)
+    if step < warmup_steps:
+        lr = peak * (step + 1) / warmup_steps
     else:
-        lr = peak * (total_steps - step) / (total_steps - rising)
+        lr = peak * (total_steps - step) / (total_steps - warmup_steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
 
 
-def count_steps(args, dataset: data.Dataset) -> int:
-    return args.steps or math.ceil(args.epochs * math.ceil(len(dataset) / args.batch_size))
+def count_steps(args: argparse.Namespace, examples: int) -> int:
+    return args.steps or math.ceil(args.epochs * math.ceil(examples / args.batch_size))
 
 
-def make_batch(args, config: ModelConfig, dataset: data.Dataset, step: int):
-    """(epoch, rows of the whole step, this rank's micro-batches)."""
+def make_batch(args: argparse.Namespace, config: ModelConfig, dataset: data.Dataset, step: int):
+    """(epoch, rows of the step over all ranks, this rank's micro-batches)."""
     epoch, rows = data.step_rows(len(dataset), args.batch_size, args.seed, step)
     ranks = distributed.rank(), distributed.world_size()
     return epoch, rows, data.micro_batches(dataset, rows, config.forward_flops, args.micro_batch_tokens, *ranks)
 
 
-def read_config(args, directory: Path, tokenizer: Tokenizer) -> ModelConfig:
-    overrides = {"rope_theta": args.rope_theta, "max_position_embeddings": args.max_position_embeddings}
-    return load_config(directory, tokenizer, **overrides)
+def read_config(args: argparse.Namespace, directory: Path, tokenizer: Tokenizer) -> ModelConfig:
+    return load_config(directory, tokenizer, rope_theta=args.rope_theta,
+                       max_position_embeddings=args.max_position_embeddings)
 
 
-def build_model(args, config: ModelConfig, directory: Path, device: torch.device) -> CausalLM:
-    with torch.device("meta"):
-        model = CausalLM(config, args.recompute, args.keep_layers)
-    check_weights(model, directory)
-    if args.compile:
-        for layer in model.model.layers:
-            layer.compile()
-    distributed.shard(model, DTYPES[args.dtype])
-    model.to_empty(device=device)
-    load_weights(model, directory)
-    return model
-
-
-def build_optimizer(args, model: CausalLM) -> torch.optim.AdamW:
+def build_optimizer(model: CausalLM, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over fp32 master weights; norms and biases, the one-dimensional parameters, do not decay."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def load_data(args, path: Path, tokenizer: Tokenizer, context: int) -> data.Dataset:
+def load_data(args: argparse.Namespace, path: Path, tokenizer: Tokenizer, config: ModelConfig) -> data.Dataset:
     pairs = METHODS[args.method].pairs
     settings = TokenSettings(
         pairs=pairs,
         max_prompt=args.max_prompt_tokens if pairs else args.max_tokens,
         max_response=args.max_response_tokens if pairs else args.max_tokens,
-        max_total=min(context, args.max_tokens),
+        max_total=min(config.max_position_embeddings, args.max_tokens),
         prefill=args.prefill,
         system_prompt=args.system_prompt,
         append_end_of_text=args.append_end_of_text,
         loss_on_prompt=getattr(args, "loss_on_prompt", False),
     )
     load = partial(data.load_dataset, path, tokenizer, settings, args.output)
-    distributed.run_on_ranks(distributed.local_rank() == 0, load)  # tokenises, once a machine
+    distributed.run_on_ranks(distributed.local_rank() == 0, load)  # tokenises, once per machine
     return load()
 
 
@@ -228,9 +228,12 @@ def show_plan(args: argparse.Namespace) -> None:
     directory = resolve_directory(args.model, ["*.json", "*.jinja"])
     tokenizer = Tokenizer.from_pretrained(directory)
     config = read_config(args, directory, tokenizer)
-    dataset = load_data(args, args.data, tokenizer, config.max_position_embeddings)
-    run = plan.make_plan(args, config, dataset, count_steps(args, dataset), METHODS[args.method].reference)
-    print(plan.describe(run, args, config, dataset, DTYPES[args.dtype].itemsize))
+    dataset = load_data(args, args.data, tokenizer, config)
+    gpus = plan.Gpus(args.world_size, args.peak_tflops, args.memory_gib, args.utilization)
+    steps = range(count_steps(args, len(dataset)))
+    batches = [data.step_rows(len(dataset), args.batch_size, args.seed, step)[1] for step in steps]
+    print(plan.describe(config, dataset, batches, gpus, DTYPES[args.dtype].itemsize, METHODS[args.method].reference,
+                        args.micro_batch_tokens, args.recompute, args.keep_layers))
 
 
 def build_parser() -> Parser:
@@ -238,20 +241,30 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="method", required=True, metavar="METHOD",
                                      help=f"{', '.join(METHODS)}, example; train.py METHOD --help shows its flags")
     for name, method in METHODS.items():
-        add_flags(commands.add_parser(name, description=f"Train with the objective of {name}."), method)
+        add_flags(commands.add_parser(name, description=f"Train with the {name} objective."), method)
     example = commands.add_parser("example", description=water_tank.__doc__)
     example.add_argument("--output", type=Path, default=Path("out/example"), help="directory")
-    example.add_argument("--seed", type=count, default=0, help="of its problems, solutions, first weights and samples")
+    example.add_argument("--seed", type=count, default=0, help="of its problems, solutions, initial weights, samples")
     return parser
 
 
 def add_flags(parser: Parser, method: Method) -> None:
-    add = parser.add_argument
+    add = parser.add_argument_group("model and data").add_argument
     add("--model", required=True, help="model directory or Hugging Face hub id to start from")
     add("--data", required=True, type=Path, help="pairs.jsonl" if method.pairs else "positives.jsonl")
-    add("--eval-data", type=Path, help="held-out rows in the same form, whose log-probs are logged")
-    add("--eval-every", type=positive_int, help="steps between measurements of --eval-data (default: --save-every)")
-    add("--output", required=True, type=Path, help="directory for checkpoints, the final model and metrics.jsonl")
+    add("--eval-data", type=Path, help="held-out rows in the same format, whose log-probs are logged")
+    add("--rope-theta", type=positive, help="replaces the model's (the paper: 300000)")
+    add("--max-position-embeddings", type=positive_int, help="replaces the model's, in tokens (the paper: 32768)")
+    add("--max-prompt-tokens", type=positive_int, default=800, help="pairs with a longer prompt are dropped")
+    add("--max-response-tokens", type=positive_int, default=19000, help="pairs with a longer response are dropped")
+    add("--max-tokens", type=positive_int, default=32768, help="longer sequences, prompt included, are dropped")
+    add("--prefill", default=PREFILL.replace("\n", r"\n"), help="forced start of every response in evaluation; "
+        r"encoded separately; \n is a newline")
+    add("--system-prompt", help="system message (default: the chat template's)")
+    add("--append-end-of-text", action="store_true", help="end responses with a newline and <|endoftext|> after the "
+        "end of turn, counted in |y|, as the official code does")
+
+    add = parser.add_argument_group("optimisation").add_argument
     for name, options in method.flags.items():
         add(f"--{name.replace('_', '-')}", **options)
     add("--lr", type=positive, default=method.lr, help="peak learning rate")
@@ -259,42 +272,40 @@ def add_flags(parser: Parser, method: Method) -> None:
         help=f"{'pairs' if method.pairs else 'examples'} per optimiser step, over all ranks")
     add("--epochs", type=positive, default=method.epochs, help="passes over the data; may be a fraction")
     add("--steps", type=positive_int, help="optimiser steps, instead of --epochs")
-    add("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises")
+    add("--warmup", "--warmup-ratio", type=share, default=0.1, help="share of the steps with linear warm-up")
     add("--weight-decay", type=not_negative, default=1e-4, help="AdamW's, on matrices only")
     add("--max-grad-norm", type=positive, default=1.0, help="gradients are clipped to this norm")
     add("--seed", type=count, default=0, help="decides the order of the examples")
-    add("--rope-theta", type=positive, help="replaces the model's (the paper: 300000)")
-    add("--max-position-embeddings", type=positive_int, help="replaces the model's, in tokens (the paper: 32768)")
-    add("--max-prompt-tokens", type=positive_int, default=800, help="pairs with a longer prompt are left out")
-    add("--max-response-tokens", type=positive_int, default=19000, help="pairs with a longer response are left out")
-    add("--max-tokens", type=positive_int, default=32768, help="longer sequences, prompt included, are left out")
-    add("--prefill", default=PREFILL, help="start of a response that evaluation forces; encoded apart")
-    add("--system-prompt", help="system message (default: the chat template's)")
-    add("--append-end-of-text", action="store_true", help="end responses with a newline and <|endoftext|> after the "
-        "end of turn, counted in |y|, as the official code does")
+
+    add = parser.add_argument_group("memory and speed").add_argument
     add("--dtype", choices=list(DTYPES), help="of the computation (default: bfloat16 on a GPU, float32 on a CPU); "
         "master weights are float32")
-    add("--micro-batch-tokens", type=positive_int, default=40960, help="tokens of one rank in memory at once")
+    add("--micro-batch-tokens", type=positive_int, default=40960, help="most tokens of a rank's micro-batch")
     add("--recompute", choices=list(RECOMPUTE), default="all-but-attention",
-        help="what a layer computes again in backward instead of keeping it in memory")
-    add("--keep-layers", type=count, default=0, help="the last layers, so many, recompute nothing")
+        help="activation checkpointing: what a layer recomputes in backward instead of storing it")
+    add("--keep-layers", type=count, default=0, help="number of final layers that store all activations")
     add("--compile", action="store_true", help="torch.compile the layers; for GPUs")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", required=True, type=Path, help="directory for checkpoints, the final model and metrics.jsonl")
+    add("--resume", action="store_true", help="continue the run in --output, or start it if there is none")
+    add("--overwrite", action="store_true", help="replace the run in --output")
     add("--save-every", type=count, default=200, help="steps between checkpoints; 0 for none")
     add("--keep-checkpoints", type=count, default=2, help="how many to keep; 0 for all")
-    add("--tensorboard", action="store_true", help="write event files too, under OUTPUT/tensorboard")
+    add("--eval-every", type=positive_int, help="steps between evaluations of --eval-data (default: --save-every)")
     add("--log-every", type=positive_int, default=10, help="steps between lines on the screen")
-    add("--collapse-threshold", type=positive, default=1.5, help="nats per token that the chosen LogPS may lose "
-        "before a warning (redi/training/run.py)")
+    add("--tensorboard", action="store_true", help="also write event files to OUTPUT/tensorboard")
+    add("--collapse-threshold", type=positive, default=1.5, help="warn when the chosen LogPS has fallen by more than "
+        "this, in nats per token")
     add("--stop-on-collapse", action="store_true", help="save and stop at that warning")
-    add("--max-skipped", type=count, default=10, help="updates in a row that may be skipped for numbers not finite")
-    add("--resume", action="store_true", help="continue the run in --output, or begin it where there is none")
-    add("--overwrite", action="store_true", help="replace the run in --output")
-    add("--plan", action="store_true", help="print what the run would take, and do not train")
-    add("--world-size", type=positive_int, help="--plan: number of GPUs (default: 1, or torchrun's)")
-    add("--peak-tflops", type=positive, help="--plan: a GPU's peak rate (default: 989, an H100's or H200's in bf16)")
-    add("--memory-gib", type=positive, help="--plan: a GPU's memory (default: 80)")
-    add("--utilization", type=positive, help="--plan: share of the peak rate reached (default: 0.4; 0.6 of 0.09 "
-        "TFLOP/s a thread on a CPU, which is planned for where there is no GPU and none is described)")
+    add("--max-skipped", type=count, default=10, help="most consecutive updates skipped because of non-finite values")
+
+    add = parser.add_argument_group("plan").add_argument
+    add("--plan", action="store_true", help="print what the run would take on GPUs, and do not train")
+    add("--world-size", type=positive_int, default=int(os.environ.get("WORLD_SIZE", 1)), help="number of GPUs")
+    add("--peak-tflops", type=positive, default=989, help="peak rate of a GPU (989: H100 or H200 in bf16)")
+    add("--memory-gib", type=positive, default=80, help="memory of a GPU")
+    add("--utilization", type=positive, default=0.4, help="share of the peak rate that is reached")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -302,15 +313,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if unknown:
         name = unknown[0].partition("=")[0]
         owners = [m for m, method in METHODS.items() if name.removeprefix("--").replace("-", "_") in method.flags]
-        whose = f": it is for {' and '.join(owners)}" if owners else ""
-        raise ValueError(f"{args.method} has no flag {name}{whose}")
+        owner = f": it belongs to {' and '.join(owners)}" if owners else ""
+        raise ValueError(f"{args.method} has no flag {name}{owner}")
     if args.method == "example":
         return args
-    on_gpu = plan.complete(args) if args.plan else torch.cuda.is_available()
-    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    args.dtype = args.dtype or ("bfloat16" if args.plan or torch.cuda.is_available() else "float32")
     args.prefill = args.prefill.replace("\\n", "\n")
     args.eval_every = args.eval_every or args.save_every or 200
-    if distributed.restarts():  # go on where this worker's predecessor was
+    if distributed.restarts():  # continue where this worker's predecessor stopped
         args.resume, args.overwrite = True, False
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
@@ -320,7 +330,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def run_settings(args) -> tuple[dict[str, str], dict[str, str]]:
+def run_settings(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
     """(what a resumed run must agree in, what a run begun before a setting existed had), as text by name."""
     names = (*SETTINGS, *METHODS[args.method].flags)
     minimal = [args.method, "--model", args.model, "--data", str(args.data), "--output", str(args.output)]

@@ -1,7 +1,7 @@
 """Causal attention over packed sequences (training, prompts) and over a cache of keys and values (decoding).
 
-Each has two back-ends of one signature, chosen by `uses_flash`: FlashAttention, or PyTorch's dense attention one
-sequence at a time, which runs anywhere.
+Each has two back-ends with one signature, chosen by `uses_flash`: FlashAttention, or PyTorch's scaled dot-product
+attention one sequence at a time, which runs anywhere.
 
 Queries are (T, H, D), keys and values (T, K, D) with H a multiple of K (grouped-query attention): query
 head h reads key/value head h // (H / K). Scores are scaled by 1 / sqrt(D).
@@ -10,25 +10,25 @@ head h reads key/value head h // (H / K). Scores are scaled by 1 / sqrt(D).
 import torch
 import torch.nn.functional as F
 
-# What a checkpoint may keep of a layer instead of computing it again: outputs of attention, by the operation's name.
+# Operations whose outputs selective activation checkpointing stores instead of recomputing.
 ATTENTION_OPS = {
     "torch_attn::_varlen_attn",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
 }
-VARLEN_HAS_GQA = torch.__version__ >= (2, 12)  # varlen_attn takes fewer key/value heads as they are
+VARLEN_HAS_GQA = torch.__version__ >= (2, 12)  # varlen_attn supports grouped queries
 
 
 def uses_flash(q: torch.Tensor) -> bool:
-    """Whether FlashAttention takes these queries (T, H, D): its kernels are for 16-bit numbers and these head sizes."""
+    """Whether FlashAttention supports these queries (T, H, D): 16-bit, and a head size it has kernels for."""
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def packed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
 ) -> torch.Tensor:
-    """Each token attends to itself and to what precedes it in its own sequence.
+    """Each token attends to itself and to earlier tokens of its own sequence.
 
     Args: q (T, H, D), k and v (T, K, D), cu_seqlens (N+1,) int32, max_seqlen: tokens of the longest sequence.
     Returns: (T, H, D), dtype of q.
@@ -39,13 +39,13 @@ def packed_attention(
 
 
 def _packed_dense(q, k, v, cu_seqlens):
-    """One dense causal call a sequence: no padding, no block mask, nothing quadratic in memory."""
-    if q.is_cuda:  # where the kernel that is linear in memory wants as many key heads as query heads
+    """One causal call per sequence: no padding, no block mask, memory linear in T."""
+    if q.is_cuda:  # the memory-efficient kernel needs as many key heads as query heads
         k, v = _expand_heads(q, k, v)
     lengths = cu_seqlens.diff().tolist()
     outputs = []
-    # Split, not sliced: backward of a slice fills a tensor of all T tokens, for every sequence. Saves 6 % of a
-    # step with 32 sequences of 512 tokens.
+    # split, not slices: the backward of each slice would fill a tensor of all T tokens (6 % of a step with 32
+    # sequences of 512 tokens).
     for sequence in zip(*(x.split(lengths) for x in (q, k, v))):
         q_i, k_i, v_i = (x[None].transpose(1, 2) for x in sequence)  # (1, heads, L, D)
         out = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -55,7 +55,7 @@ def _packed_dense(q, k, v, cu_seqlens):
 
 def _packed_flash(q, k, v, cu_seqlens, max_seqlen):
     """One kernel for all sequences, no host synchronisation."""
-    from torch.nn.attention.varlen import varlen_attn  # brings torch.compile's 25 MB along: only where it is used
+    from torch.nn.attention.varlen import varlen_attn  # imports torch.compile (25 MB), so only if used
 
     options = {}
     if q.shape[1] != k.shape[1]:
@@ -76,7 +76,7 @@ def _expand_heads(q, k, v):
 def cached_attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
-    """One new token in each of N rows attends to what its row's cache holds, itself included, and reads no more.
+    """One new token in each of N rows attends to the cached tokens of its row, itself included.
 
     Args: q (N, H, D); keys, values (N, S, K, D), where slot i of a row is its position i and slots from
     `lengths` on are unused; lengths (N,) int32.
@@ -88,7 +88,7 @@ def cached_attention(
 
 
 def _cached_dense(q, keys, values, lengths):
-    """Row by row: a row's result has the same bits whatever the lengths of the others."""
+    """Row by row, so that a row's result is bitwise independent of the other rows' lengths."""
     rows, heads, size = q.shape
     groups = q.view(rows, 1, keys.shape[2], -1, size)  # heads of a group as queries to one key head: (N, 1, K, H/K, D)
     outputs = []
@@ -99,8 +99,8 @@ def _cached_dense(q, keys, values, lengths):
 
 
 def _cached_flash(q, keys, values, lengths):
-    """The rows as sequences of one query each, in one kernel that splits a long row's keys over many blocks. Called
-    below varlen_attn, which takes no lengths of its own before torch 2.12."""
+    """The rows as sequences of one query each, in one kernel that splits the keys of long rows over blocks. The
+    operator below varlen_attn, which does not take seqused_k before torch 2.12."""
     rows, slots = keys.shape[:2]
     starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
     out, *_ = torch.ops.aten._flash_attention_forward(

@@ -1,6 +1,6 @@
-"""F.linear, F.rms_norm and silu(gate) * up: the same numbers, in less time and memory on a CPU.
+"""The model's matrix products, norm and activation, faster and with less memory on a CPU than torch's defaults.
 
-Each function decides by one visible condition. Figures: 25M parameters, one core of an AMD EPYC (Zen 5).
+Each function takes the CPU path on one visible condition. Figures: 25M parameters, one core of an AMD EPYC (Zen 5).
 """
 
 import torch
@@ -21,10 +21,10 @@ def fp32_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = N
 
 
 def uses_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether oneDNN is to compute the product of a (n, k) and b (m, k): a large one in fp32 on a CPU.
+    """Whether oneDNN computes the product of a (n, k) and b (m, k): large ones in fp32 on a CPU.
 
-    Otherwise it is MKL, which takes AVX2 kernels on AMD processors: 104 GFLOP/s against oneDNN's 230 on one
-    Zen 5 core. A product of a new shape costs oneDNN 0.5 ms of preparation, more than small ones save.
+    torch's default is MKL, which runs AVX2 kernels on AMD processors: 104 GFLOP/s against oneDNN's 230 on one Zen 5
+    core. oneDNN spends 0.5 ms on the first product of each shape, more than small products save.
     """
     possible = a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     return possible and len(a) * b.numel() > 2**24
@@ -38,7 +38,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """With the head's products in oneDNN too, a REDI step takes 6.3 instead of 8.3 CPU seconds (4,200 tokens)."""
+    """With the head's products in oneDNN too, a REDI step of 4,200 tokens takes 6.3 instead of 8.3 CPU seconds."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -61,8 +61,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """F.rms_norm is one kernel on CUDA, but on a CPU a chain of operations that keeps two more tensors of x's size
-    for backward: 13 % of what the layers keep."""
+    """On a CPU, F.rms_norm is a chain of operations that stores two more tensors of x's size for backward, 13 % of a
+    layer's activations. On CUDA it is one kernel."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -87,8 +87,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Backward computes silu(gate) again, which saves a quarter of what the MLP would keep: an eighth of a layer's
-    activations."""
+    """Backward recomputes silu(gate), which saves a quarter of the MLP's activations and an eighth of a layer's."""
 
     @staticmethod
     def forward(ctx, gate, up):

@@ -1,11 +1,10 @@
-"""The equations: the SFT, REDI, DPO and SimPO objectives, and the log-probabilities that they are made of.
+"""The SFT, REDI, DPO and SimPO objectives, and the log-probabilities they are computed from.
 
-This file needs torch only and can be copied alone into another code base. Data flows
+This file needs torch only and can be copied alone into another code base.
 
     hidden, head weight, labels -> token_logps -> sequence_logps -> *_loss -> losses (B,), unreduced
 
-so that the caller divides by a global count (all ranks, all micro-batches) of its own.
-
+The caller divides by a global count over all ranks and micro-batches.
 Equation numbers refer to the paper: Reinforcement Distillation, arXiv 2505.24850.
 """
 
@@ -32,9 +31,9 @@ def redi_loss(
 ) -> torch.Tensor:
     """Eq. 5: -log π(y_w|x) / |y_w| + α log π(y_l|x) / |y_l|. No reference model, no sigmoid.
 
-    α = 0 is SFT on the chosen responses (the mean per-sequence NLL). α = 1 is the symmetric objective:
-    exchanging chosen and rejected flips its sign, and nothing bounds it from below, which is why it
-    collapses. α < 1 weighs what must stay likely above what must become unlikely.
+    α = 0 is SFT on the chosen responses (mean per-token NLL of each sequence). α = 1 is the symmetric objective:
+    exchanging chosen and rejected flips its sign, and it is unbounded below, so it diverges first. α < 1 gives
+    more weight to what must stay likely than to what must become unlikely.
 
     Args: logps (B,) in nats, lengths (B,) in tokens, α in [0, 1]. Returns: losses (B,).
     """
@@ -52,7 +51,7 @@ def dpo_loss(
     """Eq. 2: -log σ(β [(log π(y_w) - log π_ref(y_w)) - (log π(y_l) - log π_ref(y_l))]).
 
     With label_smoothing ε (conservative DPO) the label is taken to be wrong with probability ε:
-    -(1 - ε) log σ(z) - ε log σ(-z). Where policy and reference are equal the loss is ln 2.
+    -(1 - ε) log σ(z) - ε log σ(-z). If policy and reference are equal, the loss is ln 2.
 
     Args: logps (B,) in nats, sums over a response. Returns: losses (B,).
     """
@@ -106,21 +105,22 @@ def token_logps(
     positions: torch.Tensor | None = None,
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """log π(label) of every token in nats, without ever holding the logits of more than a chunk.
+    """log π(label) of every token in nats; only one chunk's logits are in memory at a time.
 
     Args:
         hidden: (T, C), output of the final norm, fp32 or bf16.
         head_weight: (V, C), the output projection, same dtype.
         labels: (T,) int64, the next token, or -100 where there is nothing to predict.
-        chunk_size: tokens whose (chunk_size, V) fp32 logits are in memory at once; None: see `logit_rows`.
-        positions: (M,) int64, where labels != -100, if the caller knows it already. Finding it out here
-            makes a GPU wait for the host.
-        product: the head's matrix product, with the contract of `fp32_product` (the default); a faster one may be
-            handed in.
+        chunk_size: tokens per chunk of fp32 logits (chunk_size, V); default: `logit_rows`.
+        positions: (M,) int64, where labels != -100, if known. Computing it here synchronises with the device.
+        product: computes the head's matrix products; default, and specification: `fp32_product`.
 
     Returns: (T,) fp32, 0 where labels are -100. Ignored tokens are dropped before the projection.
-    Differentiable once in hidden and head_weight.
+    Differentiable once in hidden and head_weight. Raises ValueError if hidden and labels differ in length.
     """
+    if hidden.ndim != 2 or hidden.shape[:1] != labels.shape:
+        raise ValueError(f"expected hidden (T, C) and labels (T,), found {tuple(hidden.shape)} and "
+                         f"{tuple(labels.shape)}: labels are shifted, one for each hidden state")
     if positions is None:
         positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     chunk_size = chunk_size or logit_rows(len(head_weight), hidden.is_cuda)
@@ -129,18 +129,28 @@ def token_logps(
 
 
 def logit_rows(vocab_size: int, on_cuda: bool) -> int:
-    """Rows of logits that are worth holding at once: 2048 on CUDA, where each chunk costs one more pass over the
-    fp32 gradient of the head; 128 MB of them on a CPU."""
+    """Default tokens per chunk: 2048 on CUDA, where each chunk adds a pass over the head's fp32 gradient; as many as
+    make 128 MB of logits on a CPU."""
     return 2048 if on_cuda else max(64, 2**25 // vocab_size)
 
 
-class _LabelLogps(torch.autograd.Function):
-    """log softmax(hidden @ head_weight.T)[label], holding the logits of one chunk of tokens at a time.
+def matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Dtype of the head's operands. Logits stay in fp32 for bf16 inputs too: rounding them to bf16 before the softmax
+    errs by up to 0.05 nats per token. CUDA multiplies bf16 with fp32 output; elsewhere the operands are upcast."""
+    return hidden.dtype if hidden.is_cuda else torch.float32
 
-    Backward computes each chunk's logits again: one more matrix product, in exchange for never storing
-    (T, V) values, which for one response of 19,800 tokens and 151,936 words are 12 GB. Only the last chunk,
-    which backward takes first, is kept in between. The softmaxes write over their input, which their kernels
-    bear: an element is read for the last time where it is written.
+
+def fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (n, k) @ b (m, k).T -> (n, m) fp32, accumulated in fp32. Operands both fp32, or on CUDA both bf16."""
+    return F.linear(a, b) if a.dtype == torch.float32 else torch.mm(a, b.t(), out_dtype=torch.float32)
+
+
+class _LabelLogps(torch.autograd.Function):
+    """log softmax(hidden @ head_weight.T)[label], with the logits of one chunk of tokens at a time.
+
+    Backward recomputes each chunk's logits: one more matrix product, instead of storing (T, V) values, which for one
+    response of 19,800 tokens and a vocabulary of 151,936 are 12 GB. Only the last chunk, which backward takes first,
+    is stored. Softmax runs in place: its kernels read each element for the last time before they write it.
     """
 
     @staticmethod
@@ -149,16 +159,14 @@ class _LabelLogps(torch.autograd.Function):
         dtype = matmul_dtype(hidden)
         weight, log_probs = head_weight.to(dtype), None
         for rows in _chunks(len(labels), chunk_size):
-            log_probs = None  # gone before the next logits take their place
+            log_probs = None  # free the buffer before allocating the next chunk
             logits = product(hidden[rows].to(dtype), weight)
             log_probs = torch.log_softmax(logits, -1, out=logits)
             del logits
             logps[rows] = log_probs.gather(1, labels[rows, None]).squeeze(1)
         ctx.save_for_backward(hidden, head_weight, labels)
         ctx.chunk_size, ctx.product = chunk_size, product
-        # Saves a quarter of the head's arithmetic where all labels fit into one chunk (14 % of the CPU seconds
-        # of an SFT step: 25M parameters, 32,000 words, one pair), and takes no memory that backward would not.
-        ctx.last_probs = log_probs.exp_()
+        ctx.last_probs = log_probs.exp_()  # saves a quarter of the head's FLOPs if all labels fit into one chunk
         return logps
 
     @staticmethod
@@ -168,7 +176,7 @@ class _LabelLogps(torch.autograd.Function):
         probs, ctx.last_probs = ctx.last_probs, None
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = None  # summed over chunks in fp32, and rounded to the weight's dtype once
+        grad_weight = None  # accumulated over chunks in fp32, rounded to the weight's dtype once
         dtype = matmul_dtype(hidden)
         weight = head_weight.to(dtype)
         for rows in reversed(_chunks(len(labels), ctx.chunk_size)):
@@ -177,20 +185,20 @@ class _LabelLogps(torch.autograd.Function):
                 logits = ctx.product(chunk, weight)
                 probs = torch.softmax(logits, -1, out=logits)
                 del logits
-            # d logp / d logits = onehot(label) - softmax, here with the other sign, in place of the probabilities;
-            # the factor grad goes to the narrow sides of the two products.
+            # -d logp / d logits = softmax - onehot(label), in place of the probabilities; the factor -grad is applied
+            # to the narrow operands of the two products.
             probs.scatter_add_(1, labels[rows, None], probs.new_full((len(probs), 1), -1.0))
             negative, probs = probs.to(dtype), None
             if needs_hidden:
                 grad_hidden[rows] = ctx.product(negative, weight.t()).mul_(-grad).to(hidden.dtype)
             if needs_weight:
                 grad_weight = _add_product(grad_weight, negative.t(), (chunk * -grad).to(dtype))
-            negative = None  # gone before the next chunk's logits take their place
+            negative = None  # free the buffer before allocating the next chunk
         return grad_hidden, grad_weight.to(head_weight.dtype) if needs_weight else None, None, None, None
 
 
 def _add_product(total, a, b):
-    """total (m, n) fp32 + a (m, k) @ b (k, n), in place of total; None stands for zero."""
+    """total (m, n) fp32 + a (m, k) @ b (k, n), in place; a total of None stands for zero."""
     if a.dtype == torch.float32:
         return a @ b if total is None else total.addmm_(a, b)
     if total is None:
@@ -199,20 +207,7 @@ def _add_product(total, a, b):
 
 
 def _chunks(length, chunk_size):
-    """As few slices of at most chunk_size as there can be, of even lengths."""
+    """The fewest slices of at most chunk_size, of even lengths."""
     count = max(1, -(-length // chunk_size))
     bounds = [length * i // count for i in range(count + 1)]
     return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
-
-
-def matmul_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """Logits accumulate and stay in fp32 also for bf16 inputs: rounding them to bf16 before the softmax errs
-    by up to 0.05 nats a token. CUDA has a matrix product with fp32 output; elsewhere the operands are upcast."""
-    return hidden.dtype if hidden.is_cuda else torch.float32
-
-
-def fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a (n, k) @ b (m, k).T, accumulated and returned in fp32: (n, m). Both fp32, or on CUDA both bf16."""
-    if a.dtype == torch.float32:
-        return F.linear(a, b)
-    return torch.mm(a, b.t(), out_dtype=torch.float32)

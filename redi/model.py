@@ -19,10 +19,10 @@ from redi import kernels
 from redi.attention import ATTENTION_OPS, packed_attention
 from redi.losses import matmul_dtype, token_logps
 
-# attend(q (T, H, D), k (T, K, D), v (T, K, D)) -> (T, H, D): attention in one layer, after RoPE
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# attention_fn(q (T, H, D), k (T, K, D), v (T, K, D)) -> (T, H, D): attention in one layer, after RoPE
+AttentionFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# What the three families do differently: (bias on q, k and v; RMSNorm on each query and key head).
+# How the three families differ: (bias on q, k and v; RMSNorm on each query and key head).
 FAMILIES = {"qwen2": (True, False), "qwen3": (False, True), "llama": (False, False)}
 
 
@@ -30,8 +30,8 @@ def _keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op.name() in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# What a layer computes again in backward -> options of `checkpoint`. The attention's output is as small as a layer's
-# input, and the dearest to compute again where sequences are long.
+# What a layer recomputes in backward -> options of `checkpoint`. The output of attention is as small as the layer's
+# input, and the most expensive part to recompute for long sequences.
 RECOMPUTE = {
     "all": {},
     "all-but-attention": {"context_fn": partial(create_selective_checkpoint_contexts, _keep_attention)},
@@ -41,7 +41,7 @@ RECOMPUTE = {
 
 @dataclass
 class ModelConfig:
-    """The shape of a decoder (redi/hub/weights.py reads it from config.json and writes it there)."""
+    """The shape of a decoder, as in config.json (redi/hub/config.py)."""
 
     model_type: str  # a key of FAMILIES
     vocab_size: int
@@ -56,12 +56,12 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     rope_scaling: dict | None = None  # Llama 3's four numbers
-    raw: dict = field(default_factory=dict, repr=False)  # config.json as it was: saving loses none of its keys
+    raw: dict = field(default_factory=dict, repr=False)  # config.json as read, so that saving keeps all of its keys
 
     def forward_flops(self, lengths, labels=0):
         """FLOPs of one forward over sequences of `lengths` tokens (an array), `labels` of them predicted.
 
-        2 a token and parameter in matrix products; 2 x layers x H x D x S² for causal attention over S tokens.
+        2 per token and parameter in matrix products; 2 x layers x H x D x S² for causal attention over S tokens.
         """
         channels = self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
         layer = self.hidden_size * (channels + 3 * self.intermediate_size)
@@ -76,8 +76,7 @@ class ModelConfig:
 def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
     """Angular frequency of each pair of channels, (D/2,) fp32, in radians a position.
 
-    Llama 3 stretches wavelengths that are long against the original context by `factor`, keeps the short
-    ones, and blends between them.
+    Llama 3 stretches wavelengths beyond the original context by `factor`, keeps short ones, and interpolates between.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
@@ -91,7 +90,7 @@ def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate channel pairs (i, i + D/2) of x (T, heads, D) by the angles behind cos and sin (T, 1, D/2), in fp32."""
+    """Rotate channel pairs (i, i + D/2) of x (T, heads, D) by the angles of cos and sin (T, 1, D/2), in fp32."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -125,12 +124,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, attend: Attend):
+    def forward(self, x, cos, sin, attention_fn: AttentionFn):
         heads = (len(x), -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads))  # (T, H, D)
         k = self.k_norm(self.k_proj(x).view(heads))  # (T, K, D)
         v = self.v_proj(x).view(heads)  # (T, K, D)
-        out = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)  # (T, H, D)
+        out = attention_fn(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)  # (T, H, D)
         return self.o_proj(out.reshape(len(x), -1))  # (T, C)
 
 
@@ -153,13 +152,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, attend: Attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def forward(self, x, cos, sin, attention_fn: AttentionFn):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention_fn)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm: what stands under `model.` in a checkpoint."""
+    """Embedding, layers and final norm: the keys under `model.` in a checkpoint."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -171,8 +170,8 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """A decoder with its output projection. Weights are fp32 and uninitialised until loaded or `init_weights`.
 
-    recompute: what a layer computes again in backward instead of keeping it: a key of RECOMPUTE. keep_layers: how
-    many layers, the last ones, keep everything all the same.
+    recompute: what a layer recomputes in backward instead of storing it, a key of RECOMPUTE; keep_layers: number of
+    final layers that store all activations.
     """
 
     def __init__(self, config: ModelConfig, recompute: str = "nothing", keep_layers: int = 0):
@@ -189,7 +188,7 @@ class CausalLM(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def init_weights(self, seed: int, std: float = 0.02) -> None:
-        """Fill matrices from N(0, std²), norms with 1, biases with 0, the same for every device."""
+        """Matrices from N(0, std²), norms 1, biases 0; the same on every device."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -198,22 +197,25 @@ class CausalLM(nn.Module):
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
-    def hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attends: list[Attend]) -> torch.Tensor:
+    def hidden(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_fns: list[AttentionFn]
+    ) -> torch.Tensor:
         """Output of the final norm, (T, C).
 
-        Args: input_ids, position_ids (T,) int64; attends: one function a layer. Training passes packed causal
-        attention for all of them, decoding functions that also write k and v to that layer's cache.
+        Args: input_ids, position_ids (T,) int64; attention_fns: one per layer. Training passes packed causal
+        attention for all layers, decoding passes functions that also write k and v to the layer's KV cache.
         """
-        # Angles in fp32: bf16 cannot tell consecutive positions above 256 apart.
+        # Angles in fp32: bf16 cannot represent consecutive positions above 256.
         angles = position_ids[:, None, None].float() * rope_frequencies(self.config, position_ids.device)
         cos, sin = angles.cos(), angles.sin()  # (T, 1, D/2)
         x = self.model.embed_tokens(input_ids)  # (T, C)
         options, count = RECOMPUTE[self.recompute], len(self.model.layers) - self.keep_layers
-        for i, (layer, attend) in enumerate(zip(self.model.layers, attends, strict=True)):
+        for i, (layer, attention_fn) in enumerate(zip(self.model.layers, attention_fns, strict=True)):
             if options is not None and i < count and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False, **options)
+                arguments = x, cos, sin, attention_fn
+                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
             else:
-                x = layer(x, cos, sin, attend)
+                x = layer(x, cos, sin, attention_fn)
         return self.model.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -232,11 +234,11 @@ class CausalLM(nn.Module):
     ) -> torch.Tensor:
         """log π(label) of each packed token, (T,) fp32.
 
-        Labels come in, and log-probs go out, because FSDP gathers the head weight inside forward only.
-        Args: as `redi.losses.token_logps` and `redi.attention.packed_attention` say.
+        Log-probs are computed here because FSDP gathers the head weight inside forward only.
+        Args: see `redi.losses.token_logps` and `redi.attention.packed_attention`.
         """
-        attend = partial(packed_attention, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        hidden = self.hidden(input_ids, position_ids, [attend] * self.config.num_hidden_layers)
+        attention_fn = partial(packed_attention, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        hidden = self.hidden(input_ids, position_ids, [attention_fn] * self.config.num_hidden_layers)
         return token_logps(
             hidden, self.head_weight, labels, positions=label_positions, product=kernels.fp32_product
         )

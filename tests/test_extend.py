@@ -76,12 +76,9 @@ def test_a_new_objective_as_readme_adds_it(copy):
     assert len(rows) == 4 and rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert len(list(copy.glob("pairs.jsonl.reference-*"))) == 1
-    assert refused == [
-        "error: ln-dpo has no flag --gamma: it is for simpo\n",
-        "error: ln-dpo has no flag --label-smoothing: it is for dpo\n",
-        "error: ln-dpo has no flag --alpha: it is for redi\n",
-        "error: sft has no flag --beta: it is for dpo and ln-dpo and simpo\n",
-    ]
+    flags, owners = ["--gamma", "--label-smoothing", "--alpha", "--beta"], ["simpo", "dpo", "redi", "dpo and ln-dpo"]
+    for sentence, flag, owner in zip(refused, flags, owners, strict=True):
+        assert sentence.startswith("error: ") and flag in sentence and owner in sentence
     assert not (copy / "out").exists()
 
     shutil.copytree(copy / "whole", copy / "cut")
@@ -95,6 +92,18 @@ def test_a_new_objective_as_readme_adds_it(copy):
     assert (copy / "cut" / final).read_bytes() == (copy / "whole" / final).read_bytes()
 
 
+def test_alpha_that_falls_over_the_steps_is_changed_in_one_place(copy):
+    """From 1.0 to 0.6, linearly: README's other example."""
+    edit(copy / "train.py", "*logps.chunk(2), *lengths.chunk(2), alpha)",
+         "*logps.chunk(2), *lengths.chunk(2), alpha * (1 - 0.4 * progress))")
+    [output] = train(copy, "redi --alpha 1 --steps 4 --lr 1e-3")
+    assert "error: " not in output
+    rows = metrics(copy)
+    for step, row in enumerate(rows):
+        alpha = 1 - 0.4 * step / 4
+        assert row["loss"] == pytest.approx(-row["chosen_logp"] + alpha * row["rejected_logp"], abs=1e-6)
+
+
 def test_a_new_metric_in_two_files(copy):
     """The mean entropy, in nats a token, of the model's predictions over chosen and rejected responses."""
     losses, loop = copy / "redi" / "losses.py", copy / "train.py"
@@ -106,9 +115,11 @@ def test_a_new_metric_in_two_files(copy):
     edit(losses, "        return logps\n",
          "        ctx.mark_non_differentiable(entropies)\n        return logps, entropies\n")
     edit(losses, "    def backward(ctx, grad_logps):\n", "    def backward(ctx, grad_logps, _):\n")
-    edit(losses, "    logps = _LabelLogps.apply(hidden[positions], head_weight, labels[positions], chunk_size)\n"
+    edit(losses, "    logps = _LabelLogps.apply(hidden[positions], head_weight, labels[positions], chunk_size, "
+         "product or fp32_product)\n"
          "    return torch.zeros(len(labels), device=hidden.device).index_copy(0, positions, logps)\n",
-         "    found = _LabelLogps.apply(hidden[positions], head_weight, labels[positions], chunk_size)\n"
+         "    found = _LabelLogps.apply(hidden[positions], head_weight, labels[positions], chunk_size, "
+         "product or fp32_product)\n"
          "    zeros = torch.zeros(len(labels), device=hidden.device)\n"
          "    return tuple(zeros.index_copy(0, positions, values) for values in found)\n")
     edit(loop, "            token_logps = model(*micro.model_inputs())\n",

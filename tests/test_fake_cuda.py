@@ -23,10 +23,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import train
 from redi import attention, data, distributed, kernels, losses, model
 from redi.evaluation import generation
-from redi.training import dataset_logps as logps_of_rows
+from redi.training import dataset_logps
 from redi.training import run
 from redi.evaluation.generation import Request
 from redi.model import CausalLM
+from redi.hub import weights
 from redi.hub.config import parse_config
 from tests import fake_cuda, tiny
 
@@ -90,10 +91,10 @@ def run_training(folder: Path, changes: dict, method: str, flags: list[str]) -> 
     ])  # fmt: skip
     assert args.dtype == "bfloat16"
 
-    def reference(args, model, dataset, directory, device):  # computed, and not kept on the disk
-        return logps_of_rows.completion_logps(args, model, dataset, device, "reference")
+    def reference(path, model, dataset, batch_size, micro_batch_tokens):  # computed, and not cached on disk
+        return dataset_logps.completion_logps(model, dataset, batch_size, micro_batch_tokens, "reference")
 
-    with fake_gpu() as watch, mock.patch.object(logps_of_rows, "reference", reference):
+    with fake_gpu() as watch, mock.patch.object(dataset_logps, "reference", reference):
 
         class WatchedRun(run.Run):
             def steps(self, *args):
@@ -113,7 +114,8 @@ def run_training(folder: Path, changes: dict, method: str, flags: list[str]) -> 
 
         everyone = lambda value: [value] * distributed.world_size()  # noqa: E731
         with (
-            mock.patch.multiple(train, Run=WatchedRun, load_weights=mock.DEFAULT),
+            mock.patch.object(train, "Run", WatchedRun),
+            mock.patch.object(weights, "load_weights"),
             mock.patch.multiple(distributed, gather=everyone, any_rank=bool),  # over Gloo, on the host
             mock.patch.object(losses, "logit_rows", lambda *_: 64),
         ):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from redi import kernels
 from redi.kernels import fp32_product, uses_onednn
 from redi.losses import token_logps
 from redi.model import MLP, Linear, RMSNorm
@@ -94,3 +95,15 @@ def test_token_logps_of_a_large_head(chunk_size):
     found = gradients(lambda *inputs: token_logps(*inputs, labels, chunk_size=chunk_size), hidden, head)
     for ours, expected in zip(found, gradients(naive, hidden, head)):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: kernels.linear(x, torch.ones(512, 512, requires_grad=True), None),
+    lambda x: kernels.rms_norm(x, torch.ones(512, requires_grad=True), 1e-6),
+    lambda x: kernels.swiglu(x, x),
+])  # fmt: skip
+def test_a_second_derivative_is_refused(function):
+    x = torch.randn(256, 512, requires_grad=True)
+    [gradient] = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()

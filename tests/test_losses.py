@@ -1,6 +1,7 @@
 """Values and gradients of the losses, against arithmetic done by hand and against naive versions over all logits."""
 
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -378,3 +379,34 @@ def test_the_file_copied_alone_runs(tmp_path):
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) == pytest.approx(math.log(8))
     assert {path.name for path in Path(tmp_path).iterdir()} <= {"losses.py", "__pycache__"}
+
+
+def test_a_second_derivative_is_refused():
+    """The hand-written backward is not differentiable; without the refusal it would be silently wrong."""
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    logps = token_logps(hidden, weight, torch.tensor([1, -100, 3, 0, 6]))
+    [gradient] = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("hidden, labels", [((6, 4), (4,)), ((2, 3, 4), (6,)), ((2, 3, 4), (2, 3)), ((4,), (4,))])
+def test_hidden_and_labels_of_other_shapes_are_refused(hidden, labels):
+    """B·L hidden states beside B·(L-1) labels would be paired with the wrong labels."""
+    with pytest.raises(ValueError, match=f"{re.escape(str(hidden))}.*{re.escape(str(labels))}"):
+        token_logps(torch.randn(hidden), torch.randn(7, 4), torch.zeros(labels, dtype=torch.int64))
+
+
+def test_a_product_that_is_handed_in_computes_all_logits():
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    labels, shapes = torch.arange(9) % 7, []
+
+    def product(a, b):
+        shapes.append((tuple(a.shape), tuple(b.shape)))
+        return losses_module.fp32_product(a, b)
+
+    ours = token_logps(hidden, weight, labels, chunk_size=4, product=product)
+    assert torch.equal(ours, token_logps(hidden, weight, labels, chunk_size=4))
+    assert shapes == [((3, 4), (7, 4))] * 3
+    ours.sum().backward()
+    assert shapes[3:] == [((3, 7), (4, 7)), ((3, 4), (7, 4)), ((3, 7), (4, 7)), ((3, 4), (7, 4)), ((3, 7), (4, 7))]

@@ -62,28 +62,17 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "method, file, batch_size", [("redi", "pairs.jsonl", 5), ("sft", "positives.jsonl", 8)]
-)
-def test_steps_and_tokens_are_those_of_a_real_run(folder, method, file, batch_size):
-    """Without the weights, which are not read; with rows left out, and a last step that is smaller."""
-    settings = [
-        method,
-        "--data",
-        file,
-        "--batch-size",
-        str(batch_size),
-        "--epochs",
-        "2",
-        "--micro-batch-tokens",
-        "300",
-        "--max-response-tokens",
-        "60",
-        "--max-tokens",
-        "80",
-        "--seed",
-        "3",
-    ]
+SETTINGS = {
+    "redi": ["--data", "pairs.jsonl", "--batch-size", "5"],
+    "sft": ["--data", "positives.jsonl", "--batch-size", "8"],
+}
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_steps_and_tokens_are_those_of_a_real_run(folder, method):
+    """Without the weights, which are not read; with dropped rows, and a last step that is smaller."""
+    settings = [method, *SETTINGS[method], "--epochs", "2", "--micro-batch-tokens", "300", "--seed", "3",
+                "--max-response-tokens", "60", "--max-tokens", "80"]  # fmt: skip
     run(folder, *settings, "--model", "model", "--output", method)
     rows = [json.loads(line) for line in (folder / method / "metrics.jsonl").read_text().splitlines()]
 
@@ -97,27 +86,17 @@ def test_steps_and_tokens_are_those_of_a_real_run(folder, method, file, batch_si
     assert int(figure(text, r"steps +([\d,]+) of")) == len(rows)
     assert int(figure(text, r"tokens +([\d,]+);")) == sum(tokens)
     assert int(figure(text, r"a step ([\d,]+) to")) == min(tokens)
-    assert int(figure(text, r" to ([\d,]+),")) == max(tokens)
+    assert int(figure(text, r" to ([\d,]+)\n")) == max(tokens)
     assert "(0 too long" not in text and "2 epochs" in text and "fits: " in text
 
 
 def test_more_ranks_share_the_work(folder):
-    settings = [
-        "redi",
-        "--model",
-        "model",
-        "--data",
-        "pairs.jsonl",
-        "--batch-size",
-        "8",
-        "--micro-batch-tokens",
-        "400",
-    ]
+    settings = ["redi", "--model", "model", "--data", "pairs.jsonl", "--batch-size", "8", "--micro-batch-tokens", "400"]
     one, four = (planned(folder, *settings, "--world-size", ranks) for ranks in ("1", "4"))
     for pattern in (r"tokens +([\d,]+);", r"arithmetic +(\S+)", r"longest +(.*)"):
         assert figure(one, pattern) == figure(four, pattern)
     assert float(figure(four, r"micro-batches +(\S+)")) < float(figure(one, r"micro-batches +(\S+)"))
-    assert "is busy 100.0% of it" in one
+    assert float(figure(four, r"time +(\S+) h")) == pytest.approx(float(figure(one, r"time +(\S+) h")) / 4, rel=0.01)
 
 
 MODES = [("nothing", 0), ("all", 0), ("all-but-attention", 0), ("all", 1), ("all-but-attention", 2), ("all", 9)]
@@ -208,7 +187,7 @@ def test_memory_of_the_model_against_torchs_count(model_type, layers, vocab_size
     assert max(sum(column.values()) for column in foreseen.values()) == pytest.approx(counted, rel=0.1)
 
 
-def test_what_does_not_fit_is_named_with_what_would(folder):
+def test_what_does_not_fit(folder):
     """A larger model's config is enough: no weights stand behind it."""
     config = json.loads((folder / "model" / "config.json").read_text())
     wide = folder / "wide"
@@ -216,58 +195,45 @@ def test_what_does_not_fit_is_named_with_what_would(folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (wide / name).write_bytes((folder / "model" / name).read_bytes())
     del config["rope_parameters"]
-    (wide / "config.json").write_text(
-        json.dumps({**config, **QWEN_1_5B, "head_dim": 128})
-    )
+    (wide / "config.json").write_text(json.dumps({**config, **QWEN_1_5B, "head_dim": 128}))
 
-    def verdict(*more: str) -> str:
+    def verdict(*more: str) -> list[str]:
         text = planned(folder, "redi", "--model", "wide", "--data", "pairs.jsonl", *more)
-        return text.splitlines()[-1]
+        return text.splitlines()[-2:]
 
-    assert verdict("--memory-gib", "20").startswith("does not fit: ")
-    assert "weights, gradients and moments alone take " in verdict("--memory-gib", "20")
-    assert verdict("--memory-gib", "80", "--world-size", "8").startswith("fits: ")
-    small = ["--memory-gib", "5.3", "--world-size", "8", "--recompute", "nothing"]
-    limit = figure(verdict(*small), r"--micro-batch-tokens (\d+) would$")
-    assert verdict(*small, "--micro-batch-tokens", limit).startswith("fits: ")
+    too_small = verdict("--memory-gib", "20")
+    assert too_small[0].startswith("does not fit: ") and "--world-size" in too_small[1]
+    assert verdict("--memory-gib", "80", "--world-size", "8")[0].startswith("fits: ")
 
 
 def test_the_fastest_setting_that_fits_is_named(folder):
-    """Against every setting by itself: what the plan says of its memory and its arithmetic when it is asked for."""
+    """Against every setting by itself: what the plan says of its memory and its arithmetic."""
 
     def plan_of(*more: str) -> str:
-        return planned(folder, "redi", "--model", "model", "--data", "pairs.jsonl", "--world-size", "1", *more)
+        return planned(folder, "redi", "--model", "model", "--data", "pairs.jsonl", *more)
 
+    config = parse_config(json.loads((folder / "model" / "config.json").read_text()))
     every = {}
     for name, layers in [("nothing", 0), *((name, n) for name in ("all", "all-but-attention") for n in range(3))]:
         flags = "--recompute", name, "--keep-layers", str(layers)
         text = plan_of(*flags, "--memory-gib", "0.001")  # where nothing fits
-        assert "fastest         no --recompute fits into 90% of 0.001 GiB with these micro-batches\n" in text
-        config = parse_config(json.loads((folder / "model" / "config.json").read_text()))
-        table = plan.peak_memory(config, int(figure(text, r"fullest ([\d,]+) tokens")), 1, 2, name, layers)
-        every[flags] = plan.peak(table), float(figure(text, r"arithmetic +(\S+) FLOPs"))
+        assert "no --recompute takes less than 90%" in text
+        table = plan.peak_memory(config, int(figure(text, r"largest ([\d,]+) tokens")), 1, 2, name, layers)
+        every[flags] = plan.peak_gib(table), float(figure(text, r"arithmetic +(\S+) FLOPs"))
     named = set()
-    memories = {plan.peak(plan.peak_memory(config, 2000, 1, 2, "nothing"))} | {gib / 0.899 for gib, _ in every.values()}
-    for memory in memories:
+    for memory in {gib / 0.899 for gib, _ in every.values()}:
         text = plan_of("--memory-gib", str(memory))
-        flags = re.search(r"fastest +of what fits .*: (--recompute \S+ --keep-layers \d) ", text).group(1)
+        flags = re.search(r"fastest setting .*: (--recompute \S+ --keep-layers \d) ", text).group(1)
         fitting = {" ".join(flags): flops for flags, (gib, flops) in every.items() if gib <= 0.9 * memory}
         assert fitting[flags] == min(fitting.values())
         named.add(flags)
     assert "--recompute nothing --keep-layers 0" in named and len(named) >= 5
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--utilization", "0"], "--utilization: '0' is not a number above 0"),
-        (["--world-size", "0"], "--world-size: '0' is not a whole number above 0"),
-        (["--memory-gib", "-1"], "--memory-gib: '-1' is not a number above 0"),
-    ],
-)
-def test_bad_settings(folder, arguments, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        planned(folder, "redi", "--model", "model", "--data", "pairs.jsonl", *arguments)
+@pytest.mark.parametrize("flag, value", [("--utilization", "0"), ("--world-size", "0"), ("--memory-gib", "-1")])
+def test_bad_settings(folder, flag, value):
+    with pytest.raises(ValueError, match=f"{flag}.*{value}"):
+        planned(folder, "redi", "--model", "model", "--data", "pairs.jsonl", flag, value)
 
 
 def test_the_command(folder):
@@ -276,66 +242,10 @@ def test_the_command(folder):
     assert "fits: " in text and "GiB of each rank" in text and not (folder / "none").exists()
 
 
-CPU_PLAN = "planned for     this CPU (GPUs: --world-size, --peak-tflops or --memory-gib), fp32"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what is planned for where there is no GPU")
-@pytest.mark.parametrize(
-    "flags, device, rate, memory",
-    [
-        ([], CPU_PLAN, "60% of 1 x 0.18 TFLOP/s", r"[\d.]+ of [\d.]+ GiB, not counting torch itself"),
-        (["--utilization", "1.2"], CPU_PLAN, "120% of 1 x 0.18 TFLOP/s", "torch itself"),
-        (["--dtype", "bfloat16"], CPU_PLAN.replace("fp32", "bf16"), "60% of 1 x 0.18 TFLOP/s", "torch itself"),
-        (["--world-size", "8"], "planned for     GPUs (8), bf16", "40% of 8 x 989", "80 GiB, not counting what CUDA"),
-        (["--peak-tflops", "312"], "planned for     GPUs (1), bf16", "40% of 1 x 312", "of 80 GiB, not counting"),
-        (["--memory-gib", "24"], "planned for     GPUs (1), bf16", "40% of 1 x 989 TFLOP/s", "of 24 GiB, not counting"),
-        (["--world-size", "1", "--dtype", "float32"], "planned for     GPUs (1), fp32", "40% of 1 x 989", "of 80 GiB"),
-    ],
-)
-def test_the_plan_says_which_device_it_is_for(folder, monkeypatch, flags, device, rate, memory):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    text = planned(folder, "redi", "--model", "model", "--data", "pairs.jsonl", *flags)
-    assert text.startswith(f"{device}\n") and f" at {rate}" in text and re.search(f"fits: .*{memory}", text)
-    # FSDP makes copies where it casts or shards; one process in fp32 trains its weights themselves.
-    assert ("gathered weights" in text) == ("bf16" in device or "(8)" in device)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what is planned for where there is no GPU")
-def test_memory_of_this_machine_and_time_on_it(folder):
-    text = planned(folder, "redi", "--model", "model", "--data", "pairs.jsonl", "--utilization", "0.5")
-    gib = plan.os.sysconf("SC_PHYS_PAGES") * plan.os.sysconf("SC_PAGE_SIZE") / 2**30
-    assert float(figure(text, r"fits: \S+ of (\S+) GiB")) == pytest.approx(gib, abs=0.06)
-    flops, threads = float(figure(text, r"arithmetic +(\S+) FLOPs")), torch.get_num_threads()
-    seconds = float(figure(text, r"time +(\S+) s "))
-    assert seconds == pytest.approx(flops / (0.5 * 0.09e12 * threads), rel=0.01)
-
-
 def test_described_gpus_do_not_change_what_a_run_on_a_cpu_computes_in():
     args = ["redi", "--model", "m", "--data", str(ROOT / "README.md"), "--output", "o", "--world-size", "8"]
     assert train.parse_args(args).dtype == ("bfloat16" if torch.cuda.is_available() else "float32")
     assert train.parse_args([*args, "--plan"]).dtype == "bfloat16"
-
-
-@pytest.mark.parametrize(
-    "seconds, words",
-    [(0.031, "0.031 s"), (1.0, "1 s"), (59.94, "59.9 s"), (60, "1 min"), (2880, "48 min"),
-     (3600, "1 h"), (9100, "2.53 h"), (3.6e5, "100 h"), (1.2346e7, "3,429 h"), (1e-6, "1e-06 s")],
-)
-def test_times_are_told_in_the_largest_unit_of_which_there_is_one(seconds, words):
-    assert plan.duration(seconds) == words
-
-
-def test_the_micro_batch_that_would_fit_is_the_largest_one(folder):
-    """Of one token more or less; every size is tried."""
-    settings = ["redi", "--model", "model", "--data", "pairs.jsonl", "--world-size", "1", "--recompute", "nothing"]
-    text = planned(folder, *settings, "--memory-gib", "0.008")
-    limit = int(figure(text, r"--micro-batch-tokens (\d+) would$"))
-    config = parse_config(json.loads((folder / "model" / "config.json").read_text()))
-
-    def gib(tokens: int) -> float:
-        return plan.peak(plan.peak_memory(config, tokens, 1, 2, "nothing"))
-
-    assert gib(limit) <= 0.008 < gib(limit + 1)
 
 
 @pytest.mark.gpu

@@ -365,7 +365,7 @@ def test_the_best_checkpoint_is_not_one_that_has_collapsed(place, held_out, tmp_
     rows = iter([{"eval_chosen_logp": chosen, "eval_rejected_logp": chosen - margin, "eval_margin": margin}
                  for chosen, margin in values])
     run = arguments(place, "redi", tmp_path / "run", eval_data=held_out / "pairs.jsonl", keep_checkpoints=1)
-    with mock.patch.object(train.logps_of_rows, "held_out", lambda *_: next(rows)):
+    with mock.patch.object(train.dataset_logps, "held_out", lambda *_: next(rows)):
         with train_jobs.signal_at(3), pytest.raises(SystemExit):
             train.main(run)
         train.main([*run, "--resume"])  # what was measured before counts on
@@ -380,7 +380,7 @@ def test_the_best_checkpoint_is_not_one_that_has_collapsed(place, held_out, tmp_
 
 def test_sft_keeps_the_checkpoint_whose_held_out_responses_are_likeliest(place, held_out, tmp_path):
     rows = iter([{"eval_chosen_logp": value} for value in (-3.0, -1.0, -2.0, -2.5)])
-    with mock.patch.object(train.logps_of_rows, "held_out", lambda *_: next(rows)):
+    with mock.patch.object(train.dataset_logps, "held_out", lambda *_: next(rows)):
         changes = {"eval_data": held_out / "positives.jsonl", "keep_checkpoints": 1}
         train.main(arguments(place, "sft", tmp_path / "run", **changes))
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-000002", "step-000006"]
@@ -754,7 +754,7 @@ def test_a_run_killed_before_its_first_checkpoint_measures_held_out_rows_once(pl
 
 def test_held_out_values_that_are_not_finite_are_null_in_the_log(place, held_out, tmp_path):
     values = {"eval_chosen_logp": math.nan, "eval_rejected_logp": -math.inf, "eval_margin": math.nan}
-    with mock.patch.object(train.logps_of_rows, "held_out", side_effect=[{"eval_chosen_logp": -1.0}, values]):
+    with mock.patch.object(train.dataset_logps, "held_out", side_effect=[{"eval_chosen_logp": -1.0}, values]):
         train.main(arguments(place, "redi", tmp_path / "run", eval_data=held_out / "pairs.jsonl", eval_every=6))
     assert {key: metrics(tmp_path / "run")[-1][key] for key in values} == dict.fromkeys(values)
 
@@ -870,5 +870,5 @@ def test_help_names_the_methods_and_of_each_its_own_flags_with_their_defaults(ca
 def test_metrics_do_not_hold_the_graph_of_a_micro_batch(method):
     """They are kept to the end of the step: 80 MB of 1,260 with eight micro-batches of 25M parameters."""
     loss = torch.ones((), requires_grad=True) * 2
-    terms = train.metric_terms(train.METHODS[method], loss, torch.ones(4), 0.5)
+    terms = train.metric_terms(train.METHODS[method], loss, torch.ones(4), torch.ones(4), None, 0.5)
     assert terms["loss"] == 2 and not any(term.requires_grad for term in terms.values())

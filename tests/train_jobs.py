@@ -76,8 +76,9 @@ def copy_checkpoint(argv: list[str], source: Path, output: Path) -> None:
     device = distributed.init_process_group()
     directory = Path(args.model)
     tokenizer = Tokenizer.from_pretrained(directory)
-    model = train.build_model(args, train.read_config(args, directory, tokenizer), directory, device)
-    optimizer = train.build_optimizer(args, model)
+    config = train.read_config(args, directory, tokenizer)
+    model = train.load_sharded(directory, config, device, train.DTYPES[args.dtype])
+    optimizer = train.build_optimizer(model, args.lr, args.weight_decay)
     state = checkpoint.load_checkpoint(source, model, optimizer)
     checkpoint.save_checkpoint(output, model, optimizer, tokenizer, state, train.DTYPES[args.dtype])
 

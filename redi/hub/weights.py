@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from redi.distributed import full_tensor, local_tensor, raise_together, rank
+from redi.distributed import full_tensor, local_tensor, raise_together, rank, shard
 from redi.files import error_context, file_digest, fsync, read_json, saving_safetensors, write_json
 from redi.hub.config import config_json, load_config
-from redi.model import CausalLM
+from redi.model import CausalLM, ModelConfig
 from redi.tokenizer import TOKENIZER_FILES, Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of a computation
@@ -35,6 +35,26 @@ def load_pretrained(
     with torch.device("meta"):
         model = CausalLM(config).to(dtype)
     check_weights(model, directory)  # before any memory is taken
+    model.to_empty(device=device)
+    load_weights(model, directory)
+    return model
+
+
+def load_sharded(
+    directory: str | Path, config: ModelConfig, device: torch.device, dtype: torch.dtype,
+    recompute: str = "nothing", keep_layers: int = 0, compile: bool = False,
+) -> CausalLM:  # fmt: skip
+    """A model directory for training, sharded over all ranks: fp32 master weights, computation in `dtype`.
+
+    recompute, keep_layers: as in CausalLM; compile: torch.compile the layers. Raises ValueError as load_pretrained.
+    """
+    with torch.device("meta"):
+        model = CausalLM(config, recompute, keep_layers)
+    check_weights(model, directory)
+    if compile:
+        for layer in model.model.layers:
+            layer.compile()
+    shard(model, dtype)
     model.to_empty(device=device)
     load_weights(model, directory)
     return model

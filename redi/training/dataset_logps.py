@@ -1,4 +1,4 @@
-"""log π of every row of a data file under the current weights: DPO's reference, and held-out values."""
+"""log π of every row of a data set under the current weights: DPO's reference, and held-out values."""
 
 from functools import partial
 from pathlib import Path
@@ -7,49 +7,71 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from redi import data, distributed, files
+from redi import attention, data, distributed, files, kernels, losses
+from redi import model as model_code
 from redi.hub.weights import weights_digest
-from redi.losses import sequence_logps
+
+# DPO's policy starts as its reference: how far the two may differ before the first update, in nats per token.
+REFERENCE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
 
 
 @torch.no_grad()
-def completion_logps(args, model, dataset: data.Dataset, device: torch.device, title: str) -> torch.Tensor:
+def completion_logps(
+    model, dataset: data.Dataset, batch_size: int, micro_batch_tokens: int, title: str
+) -> torch.Tensor:
     """log π of each example's completions, (examples, k) fp32 in nats, on every rank. Every rank calls.
 
-    args: train.py's batch_size and micro_batch_tokens, which change nothing but speed and memory.
+    batch_size, micro_batch_tokens: as in training; they change speed and memory only. title: of the progress bar.
     """
-    logps = torch.zeros(len(dataset), dataset.sequences_per_example, device=device)
-    blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // args.batch_size))
+    logps = torch.zeros(len(dataset), dataset.sequences_per_example, device=model.head_weight.device)
+    blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // batch_size))
     ranks = distributed.rank(), distributed.world_size()
     for rows in tqdm(blocks, title, disable=distributed.hide_bar(), unit="batch", leave=False):
-        for micro in data.micro_batches(dataset, rows, model.config.forward_flops, args.micro_batch_tokens, *ranks):
-            micro = micro.to(device)
-            sums, _ = sequence_logps(model(*micro.model_inputs()), micro.labels, micro.cu_seqlens)
+        for micro in data.micro_batches(dataset, rows, model.config.forward_flops, micro_batch_tokens, *ranks):
+            micro = micro.to(logps.device)
+            sums, _ = losses.sequence_logps(model(*micro.model_inputs()), micro.labels, micro.cu_seqlens)
             if micro.weight:
                 logps[micro.rows] = torch.stack(sums.chunk(dataset.sequences_per_example), 1)
     distributed.reshard(model)
     return distributed.sum_over_ranks(logps)
 
 
-def reference(args, model, dataset: data.Dataset, directory: Path, device: torch.device) -> torch.Tensor:
-    """log π_ref of (chosen, rejected), (examples, 2) fp32: the start's, computed once, kept on disk for other runs.
+def reference_path(
+    data_path: Path, fallback: Path, directory: Path, config: model_code.ModelConfig, dtype: str, dataset: data.Dataset
+) -> Path:
+    """The cache file of `reference`, named by all that decides its content: the weights in `directory`, the model's
+    config, the dtype, the rows, and the code that computes log-probs. In `fallback` if the data's directory is
+    read-only."""
+    code = files.code_digest(attention, data, kernels, losses, model_code, __file__)
+    return files.cache_path(data_path, "reference", fallback, weights_digest(directory), config, dtype, dataset.digest,
+                            code)
 
-    directory: of the model that training begins from, whose weights are the current ones.
-    """
-    depends_on = weights_digest(directory), model.config, args.dtype, dataset.digest
-    path = files.cache_path(args.data, "reference", args.output, *depends_on)
+
+def reference(path: Path, model, dataset: data.Dataset, batch_size: int, micro_batch_tokens: int) -> torch.Tensor:
+    """log π_ref of (chosen, rejected), (examples, 2) fp32: read from `path`, or computed from the current weights."""
     # Decided by rank 0 alone: a file that one rank sees and another does not would leave them waiting.
     if not distributed.all_gather_object(path.is_file())[0]:
-        logps = completion_logps(args, model, dataset, device, "reference log-probs").cpu().numpy()
+        logps = completion_logps(model, dataset, batch_size, micro_batch_tokens, "reference log-probs").cpu().numpy()
         save = partial(files.save_arrays, path, {"reference_logps": logps})
         distributed.run_on_ranks(distributed.local_rank() == 0, save)
     arrays, _ = files.load_arrays(path)
-    return torch.from_numpy(arrays["reference_logps"]).to(device)
+    return torch.from_numpy(arrays["reference_logps"]).to(model.head_weight.device)
 
 
-def held_out(args, model, dataset: data.Dataset, device: torch.device) -> dict[str, float]:
-    """Log-prob a token, in nats, mean over the examples of --eval-data; of pairs also rejected, and the margin."""
-    logps = completion_logps(args, model, dataset, device, "held-out rows").cpu()
+def check_reference(gap: float, dtype: str, path: Path) -> None:
+    """Warn if the policy of the first step is not the reference, as it must be; DPO's loss is ln 2 there.
+
+    gap: mean difference of the log-probs, in nats per token; path: the reference's cache.
+    """
+    if not gap <= REFERENCE_TOLERANCE[dtype]:
+        distributed.print_rank0(f"warning: at the first step the log-probs of policy and reference differ by {gap:.2g} "
+                                f"nats per token, although they are the same model; expected at most "
+                                f"{REFERENCE_TOLERANCE[dtype]:g}. Delete {path} and start again")
+
+
+def held_out(model, dataset: data.Dataset, batch_size: int, micro_batch_tokens: int) -> dict[str, float]:
+    """Log-prob per token, in nats, mean over the examples of --eval-data; for pairs also rejected, and the margin."""
+    logps = completion_logps(model, dataset, batch_size, micro_batch_tokens, "held-out rows").cpu()
     chosen, *rejected = (logps / torch.from_numpy(dataset.label_counts)).mean(0).tolist()
     values = {"eval_chosen_logp": chosen}
     if rejected:

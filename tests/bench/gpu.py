@@ -192,8 +192,7 @@ def run_training(directory: Path, part: str, lengths: np.ndarray, prompts, pairs
 
     train_args = train.parse_args(flags)
     model_config = load_config(args.model)
-    dataset = train.load_data(train_args, train_args.data, Tokenizer.from_pretrained(args.model),
-                              model_config.max_position_embeddings)
+    dataset = train.load_data(train_args, train_args.data, Tokenizer.from_pretrained(args.model), model_config)
     assert len(dataset) == lengths.size // dataset.sequences_per_example, "rows were left out"
     batches = []  # of each step but the first: its sequences' tokens and labels
     for step in range(1, args.steps):
