@@ -116,7 +116,7 @@ def run_training(folder: Path, changes: dict, method: str, flags: list[str]) -> 
         with (
             mock.patch.object(train, "Run", WatchedRun),
             mock.patch.object(weights, "load_weights"),
-            mock.patch.multiple(distributed, gather=everyone, any_rank=bool),  # over Gloo, on the host
+            mock.patch.multiple(distributed, all_gather_object=everyone, any_rank=bool),  # over Gloo, on the host
             mock.patch.object(losses, "logit_rows", lambda *_: 64),
         ):
             train.train(args)
