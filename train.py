@@ -61,8 +61,7 @@ METHODS = {
         flags={"loss_on_prompt": dict(action="store_true", help="train on the prompt too, as the official code does")},
     ),
     "redi": Method(
-        lambda logps, lengths, reference, progress, alpha: losses.redi_loss(
-            *logps.chunk(2), *lengths.chunk(2), alpha),
+        lambda logps, lengths, reference, progress, alpha: losses.redi_loss(*logps.chunk(2), *lengths.chunk(2), alpha),
         lr=1e-6, batch_size=32, epochs=1,
         flags={"alpha": dict(type=not_negative, default=0.8, help="weight of the rejected responses: 1 is symmetric")},
     ),
@@ -258,11 +257,9 @@ def add_flags(parser: Parser, method: Method) -> None:
     add("--max-prompt-tokens", type=positive_int, default=800, help="pairs with a longer prompt are dropped")
     add("--max-response-tokens", type=positive_int, default=19000, help="pairs with a longer response are dropped")
     add("--max-tokens", type=positive_int, default=32768, help="longer sequences, prompt included, are dropped")
-    add("--prefill", default=PREFILL.replace("\n", r"\n"), help="forced start of every response in evaluation; "
-        r"encoded separately; \n is a newline")
+    add("--prefill", default=PREFILL.replace("\n", r"\n"), help=r"forced start of responses in evaluation; \n: newline")
     add("--system-prompt", help="system message (default: the chat template's)")
-    add("--append-end-of-text", action="store_true", help="end responses with a newline and <|endoftext|> after the "
-        "end of turn, counted in |y|, as the official code does")
+    add("--append-end-of-text", action="store_true", help=r"end responses with \n<|endoftext|>, as the official code")
 
     add = parser.add_argument_group("optimisation").add_argument
     for name, options in method.flags.items():
@@ -278,11 +275,9 @@ def add_flags(parser: Parser, method: Method) -> None:
     add("--seed", type=count, default=0, help="decides the order of the examples")
 
     add = parser.add_argument_group("memory and speed").add_argument
-    add("--dtype", choices=list(DTYPES), help="of the computation (default: bfloat16 on a GPU, float32 on a CPU); "
-        "master weights are float32")
+    add("--dtype", choices=list(DTYPES), help="of the computation (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--micro-batch-tokens", type=positive_int, default=40960, help="most tokens of a rank's micro-batch")
-    add("--recompute", choices=list(RECOMPUTE), default="all-but-attention",
-        help="activation checkpointing: what a layer recomputes in backward instead of storing it")
+    add("--recompute", choices=list(RECOMPUTE), default="all-but-attention", help="activation checkpointing of layers")
     add("--keep-layers", type=count, default=0, help="number of final layers that store all activations")
     add("--compile", action="store_true", help="torch.compile the layers; for GPUs")
 
@@ -295,8 +290,7 @@ def add_flags(parser: Parser, method: Method) -> None:
     add("--eval-every", type=positive_int, help="steps between evaluations of --eval-data (default: --save-every)")
     add("--log-every", type=positive_int, default=10, help="steps between lines on the screen")
     add("--tensorboard", action="store_true", help="also write event files to OUTPUT/tensorboard")
-    add("--collapse-threshold", type=positive, default=1.5, help="warn when the chosen LogPS has fallen by more than "
-        "this, in nats per token")
+    add("--collapse-threshold", type=positive, default=1.5, help="warn if the chosen LogPS falls by this, in nats")
     add("--stop-on-collapse", action="store_true", help="save and stop at that warning")
     add("--max-skipped", type=count, default=10, help="most consecutive updates skipped because of non-finite values")
 
