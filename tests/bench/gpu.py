@@ -1,22 +1,22 @@
 """Training and sampling at the full shape of Qwen2.5-Math-1.5B with random weights, on one GPU.
 
-    python tests/bench/gpu.py                          everything below, one after the other
-    python tests/bench/gpu.py --parts redi longest     some of it, by the names in PARTS
+    python tests/bench/gpu.py                          all parts, one after the other
+    python tests/bench/gpu.py --parts redi longest     these parts
     python tests/bench/gpu.py --parts redi --train-flags="--compile --micro-batch-tokens 20480"
-    python tests/bench/gpu.py --dry-run                the same code with a tiny shape; runs on a CPU
+    python tests/bench/gpu.py --dry-run                the same code at a tiny shape, also on a CPU
 
-Training runs train.py itself on random pairs and reads its metrics.jsonl; nothing is downloaded. Beside sft, redi and
-longest, on the same lengths, the step that one would write with transformers (installed by tests/requirements.txt):
-see `plain_step`. Beside each sampling, transformers.generate.
+Training runs train.py itself on random pairs and reads its metrics.jsonl; nothing is downloaded. --peers measures sft,
+redi and longest also with the step that one would write with transformers (`plain_step`; tests/requirements.txt), and
+sampling also with transformers.generate, on the same lengths.
 
-Model FLOPs utilisation = model FLOPs / seconds / peak. Model FLOPs of a step, recomputation not counted, are
-6 x (parameters of the layers' matrix products x tokens + those of the head x labels), plus causal attention:
-6 x layers x heads x head size x the sum of squared sequence lengths. A step's seconds are all of it: data,
-forward, backward, clipping, AdamW and the log.
+Model FLOPs utilisation (MFU) = model FLOPs / seconds / peak. The model FLOPs of a step do not count recomputation: 6 x
+(parameters of the layers' matrix products x tokens + those of the head x labels), plus causal attention, 6 x layers x
+heads x head size x the sum of squared sequence lengths. The time of a step includes data, forward, backward, clipping,
+AdamW and logging.
 
-Sampling is compared with the bandwidth limit of one decoding step: (bytes of the weights + bytes of all keys
-and values cached) / peak bandwidth. Timed is decoding alone: n + 2 tokens a row less 2, since with the first two come
-the prompts, the cache's growth and the capture of the graph.
+Sampling is compared with the bandwidth limit of a decode step: (bytes of the weights + bytes of all cached keys and
+values) / peak bandwidth. Prefill, cache growth and graph capture come with the first two tokens and are subtracted: the
+time of n + 2 tokens per row minus that of 2.
 """
 
 import argparse
@@ -47,10 +47,10 @@ from redi.attention import cached_attention, packed_attention  # noqa: E402
 from redi.cli import run_command  # noqa: E402
 from redi.data import step_rows  # noqa: E402
 from redi.evaluation.generation import CACHE_BLOCK, Request, generate  # noqa: E402
-from redi.losses import token_logps  # noqa: E402
+from redi.evaluation.sampling import sample_key  # noqa: E402
 from redi.hub.config import load_config  # noqa: E402
 from redi.hub.weights import load_pretrained  # noqa: E402
-from redi.evaluation.sampling import sample_key  # noqa: E402
+from redi.losses import token_logps  # noqa: E402
 from redi.tokenizer import Tokenizer  # noqa: E402
 
 METHODS = ["sft", "redi", "dpo", "simpo"]
@@ -66,7 +66,7 @@ TINY = {
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048,
     "rope_theta": 300_000.0,
 }
-# Dense bf16 FLOP/s and bytes/s, from the makers' data sheets. Found by a part of the device's name.
+# Dense bf16 FLOP/s and bytes/s from data sheets, looked up by substring of the device name.
 PEAKS = {
     "H200": (989e12, 4.8e12), "H100 PCIe": (756e12, 2.0e12), "H100": (989e12, 3.35e12),
     "A100-SXM4-80GB": (312e12, 2.039e12), "A100": (312e12, 1.555e12),
@@ -79,14 +79,14 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
                         help=", ".join(PARTS) + " (default: all)")
     parser.add_argument("--peers", nargs="*", choices=PARTS, default=PARTS, metavar="PART",
-                        help="of these parts, those that are measured beside transformers too (default: all that can)")
+                        help="the parts that are also measured with transformers (default: all that can be)")
     parser.add_argument("--model", type=Path,
-                        help="directory of the random weights, 3 GB: made where it is not there, and kept")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny shape and short rows, on a CPU too")
+                        help="directory for the random weights, 3 GB; created if missing, and kept")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny shape and short rows, also on a CPU")
     parser.add_argument("--pairs", type=int, default=32, help="per optimiser step (sft: their 64 responses)")
-    parser.add_argument("--steps", type=int, default=4, help="optimiser steps; the first one is not counted")
-    parser.add_argument("--peak-flops", type=float, help="bf16 FLOP/s of the device, if it is not a known one")
-    parser.add_argument("--peak-bandwidth", type=float, help="its bytes/s")
+    parser.add_argument("--steps", type=int, default=4, help="optimiser steps; the first is not counted")
+    parser.add_argument("--peak-flops", type=float, help="bf16 FLOP/s of the device, if unknown")
+    parser.add_argument("--peak-bandwidth", type=float, help="bytes/s of the device, if unknown")
     parser.add_argument("--train-flags", type=shlex.split, default=[], help="more flags for train.py")
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.dry_run:
@@ -102,7 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
         args.model = args.model or directory / "model"
-        if not args.model.exists():  # half a minute
+        if not args.model.exists():  # takes half a minute
             write_model_directory(directory / "unfinished", TINY if args.dry_run else QWEN_MATH_1_5B, torch.bfloat16)
             shutil.move(directory / "unfinished", args.model)
         for method in METHODS:
@@ -117,7 +117,7 @@ def main() -> None:
 
 @torch.no_grad()
 def compare_backends(device: str) -> None:
-    """The largest differences between bf16 on this device and fp32 on the CPU, from the same bf16 inputs."""
+    """Print the largest differences between bf16 on this device and fp32 on the CPU, from the same bf16 inputs."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -170,14 +170,14 @@ def measure_training(directory: Path, method: str, args) -> None:
 
 
 def measure_longest(directory: Path, args) -> None:
-    """One pair as long as the defaults of train.py let through: 2 x 19,800 tokens."""
-    longest, prompt = (190, 8) if args.dry_run else (18_999, 800)  # one more token ends a response
+    """One pair at the default length limits of train.py: 2 x 19,800 tokens."""
+    longest, prompt = (190, 8) if args.dry_run else (18_999, 800)  # plus the end of turn
     lengths = np.full((args.steps, 2), longest)
     print("longest pair alone, " + run_training(directory, "longest", lengths, (prompt, prompt), 1, args))
 
 
 def run_training(directory: Path, part: str, lengths: np.ndarray, prompts, pairs: int, args) -> str:
-    """Run train.py on pairs of these response lengths, and put its metrics into words."""
+    """Run train.py on pairs of these response lengths. Returns its metrics as text."""
     method = "redi" if part == "longest" else part
     files = write_rows(directory, lengths, prompts, TINY["vocab_size"])
     output = directory / "output"
@@ -193,8 +193,8 @@ def run_training(directory: Path, part: str, lengths: np.ndarray, prompts, pairs
     train_args = train.parse_args(flags)
     model_config = load_config(args.model)
     dataset = train.load_data(train_args, train_args.data, Tokenizer.from_pretrained(args.model), model_config)
-    assert len(dataset) == lengths.size // dataset.sequences_per_example, "rows were left out"
-    batches = []  # of each step but the first: its sequences' tokens and labels
+    assert len(dataset) == lengths.size // dataset.sequences_per_example, "rows were dropped"
+    batches = []  # tokens and labels of the sequences of each step but the first
     for step in range(1, args.steps):
         _, rows = step_rows(len(dataset), train_args.batch_size, train_args.seed, step)
         batches.append((dataset.input_lengths[rows].ravel(), dataset.label_counts[rows].ravel()))
@@ -223,7 +223,7 @@ def run_training(directory: Path, part: str, lengths: np.ndarray, prompts, pairs
 
 
 def load_plain(directory: Path, device: str, dtype: torch.dtype):
-    """transformers' own model, with FlashAttention 2 where it is installed, else SDPA."""
+    """The transformers model, with FlashAttention 2 if installed, else SDPA."""
     import transformers
 
     flash = device == "cuda" and importlib.util.find_spec("flash_attn")
@@ -232,7 +232,7 @@ def load_plain(directory: Path, device: str, dtype: torch.dtype):
 
 
 def plain_steps(directory: Path, batches, device: str) -> tuple[list[float], float]:
-    """Seconds of each step after one that is not counted, and the peak memory in GiB."""
+    """Seconds of each step after an uncounted one, and peak memory in GiB."""
     model = load_plain(directory, device, torch.float32)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -253,9 +253,9 @@ def plain_steps(directory: Path, batches, device: str) -> tuple[list[float], flo
 
 
 def plain_step(model, optimizer, lengths: list[int], labels: list[int]) -> None:
-    """Sequence by sequence, so without padding and with the logits of one alone, which is more than most code does:
-    bf16 autocast over fp32 weights, logits of the completion only, in fp32, and as loss the mean log-prob. (The
-    weights of chosen and rejected responses change no time.)"""
+    """One sequence at a time, so without padding and with the logits of one sequence, which is better than most code:
+    bf16 autocast over fp32 weights, fp32 logits of the completion only, and the mean NLL as the loss. (Weighting chosen
+    and rejected responses takes no measurable time.)"""
     device = model.device
     for length, count in zip(lengths, labels):
         ids = torch.randint(3, model.config.vocab_size, (1, length + 1), device=device)
@@ -269,12 +269,12 @@ def plain_step(model, optimizer, lengths: list[int], labels: list[int]) -> None:
 
 
 def measure_sampling(part: str, rows: int, args) -> None:
-    """Tokens a second of decoding: even rows, and uneven ones whose mean is half of the longest."""
+    """Decoding throughput: rows of equal length, and of unequal lengths whose mean is about half the longest."""
     model = load_pretrained(args.model, device=args.device, dtype=torch.bfloat16)
     try:
         plain = load_plain(args.model, args.device, torch.bfloat16) if part in args.peers else None
     except ImportError as error:
-        plain = print(f"nothing beside ours: {error}")
+        plain = print(f"transformers.generate not measured: {error}")
     config, scale = model.config, 100 if args.dry_run else 1
     weight_bytes = 2 * sum(p.numel() for p in model.parameters())
     token_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -282,14 +282,14 @@ def measure_sampling(part: str, rows: int, args) -> None:
         new_tokens = 256
         assert max(contexts) // CACHE_BLOCK == (max(contexts) + new_tokens + 1) // CACHE_BLOCK, "the cache would grow"
         contexts, new_tokens = [context // scale for context in contexts], new_tokens // scale
-        lengths = sorted(contexts * -(-rows // len(contexts)))[:rows]  # neighbours share a prompt
+        lengths = sorted(contexts * -(-rows // len(contexts)))[:rows]  # equal prompts are adjacent
         name = f"sampling, {rows} rows of {min(contexts)} to {max(contexts)} tokens"
         step_bytes = weight_bytes + (sum(lengths) + rows * (2 + new_tokens / 2)) * token_bytes
         for who, run in {"ours": partial(decode, model), "generate": plain and partial(decode_plain, plain)}.items():
             if run is None:
                 continue
             try:
-                run(lengths, 3)  # kernels chosen, memory of the allocator reserved
+                run(lengths, 3)  # selects kernels, fills the allocator
                 seconds = run(lengths, new_tokens + 2) - run(lengths, 2)
             except torch.OutOfMemoryError:
                 print(f"{name}, {who}: out of memory")
@@ -301,7 +301,7 @@ def measure_sampling(part: str, rows: int, args) -> None:
 
 
 def decode(model, lengths: list[int], new_tokens: int) -> float:
-    """Seconds for new_tokens after each of the prompts of these lengths; no token ends a response."""
+    """Seconds for new_tokens after prompts of these lengths, without stop tokens."""
     requests = [Request([7] * n, sample_key(0, "problem", i), new_tokens) for i, n in enumerate(lengths)]
     synchronize(model.head_weight.device.type)
     started = time.perf_counter()
@@ -312,7 +312,7 @@ def decode(model, lengths: list[int], new_tokens: int) -> float:
 
 
 def decode_plain(model, lengths: list[int], new_tokens: int) -> float:
-    """The same with transformers.generate, whose prompts are padded on the left."""
+    """The same with transformers.generate on left-padded prompts."""
     mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
     mask = mask.long().to(model.device)
     synchronize(model.device.type)

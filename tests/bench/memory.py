@@ -1,12 +1,12 @@
-"""Resident memory over 200 training steps of ever new numbers of tokens, with and without bounds on oneDNN's caches.
+"""Resident memory over 200 training steps with varying token counts, with and without limits on oneDNN's caches.
 
     python tests/bench/memory.py sft redi
 
-Two processes a method run train.py's own loop on the same rows and the same random model (24.9M parameters, that of
-training.py) and take their steps in turn, so that both see the same state of a shared machine: one with the bounds of
-redi/__init__.py on the caches of oneDNN and ideep, one with the 1,024 entries each that are these libraries' defaults.
-Micro-batches are filled up to a limit, as always: each has another number of tokens, and the largest come early, so
-that what grows later is not the work. One thread. Linux only (/proc).
+Per method two processes run train.py's own loop on the same rows and the same random model (24.9M parameters, that of
+training.py) and alternate steps, so that load on a shared machine affects both: one with the limits of
+`redi.cli.prepare_process` on the primitive caches of oneDNN and ideep, one with the libraries' default of 1,024 entries
+each. Token counts differ between micro-batches, and the largest come early, so that later growth is not due to larger
+micro-batches. One thread. Linux only (/proc).
 """
 
 import argparse
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from tests.bench.training import SHAPES, Turns, write_model_directory, write_rows
 
 SIDES = {
-    "bounded": {},
+    "16 entries": {},
     "1,024 entries": {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024", "LRU_CACHE_CAPACITY": "1024"},
 }
 SHOWN = (2, 20, 60, 200)  # steps
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="+", choices=("sft", "redi"), metavar="method", help="sft, redi")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--sequences", type=int, default=8, help="in a step; a pair is two")
+    parser.add_argument("--sequences", type=int, default=8, help="per step; a pair counts two")
     parser.add_argument("--worker", type=Path, metavar="DIRECTORY", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def prepare(directory: Path, args) -> None:
-    """A random model, and rows with responses of long-tailed lengths: with their prompts 35 to 240 tokens, mean 80."""
+    """Write a random model, and rows with long-tailed response lengths: 35 to 240 tokens with the prompt, mean 80."""
     import numpy as np
     import torch
 
@@ -63,7 +63,7 @@ def prepare(directory: Path, args) -> None:
 
 
 def run_sides(method: str, directory: str, args) -> dict[str, list[dict]]:
-    """What each side reports of each step."""
+    """The reports of each side, one per step."""
     workers = {}
     for side, settings in SIDES.items():
         command = [sys.executable, __file__, method, "--steps", str(args.steps), "--sequences", str(args.sequences)]
@@ -81,7 +81,7 @@ def run_sides(method: str, directory: str, args) -> dict[str, list[dict]]:
             line = worker.stdout.readline()
             if not line:
                 log = Path(directory, side, "log").read_text()
-                sys.exit(f"{log[-2000:]}\nerror: the process '{side}' ended with status {worker.wait()}")
+                sys.exit(f"{log[-2000:]}\nerror: the process '{side}' exited with status {worker.wait()}")
             reports[side].append(json.loads(line))
     for worker in workers.values():
         worker.communicate()
@@ -89,7 +89,7 @@ def run_sides(method: str, directory: str, args) -> dict[str, list[dict]]:
 
 
 def train_in_turns(directory: Path, args) -> None:
-    """train.py's loop as it is, but for waiting its turn before each step and reporting after it."""
+    """Run train.py's loop unchanged, except that it waits for its turn before each step and reports after it."""
     import train
     from redi.training.run import Run
 

@@ -1,9 +1,9 @@
-"""Does a model directory mean the same here as in transformers? Template, token ids, logits, greedy tokens; in fp32.
+"""Parity with transformers of a model directory: rendered template, token ids, logits, greedy tokens; in fp32.
 
     pip install -r tests/requirements.txt
     python tests/bench/parity.py --model HuggingFaceTB/SmolLM2-135M-Instruct --problems problems.jsonl
 
-Prints a JSON object, and writes it to --output where that is given.
+Prints a JSON object, and writes it to --output if given.
 """
 
 import json
@@ -12,12 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from redi.evaluation import generation  # first: redi is imported before torch
-
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redi.cli import Parser, positive_int, run_command
+from redi.evaluation import generation
 from redi.files import resolve_directory, write_json
 from redi.hub.weights import MODEL_FILES, load_pretrained
 from redi.problems import read_benchmark, user_message
@@ -30,8 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", required=True, help="model directory or hub id")
     add("--problems", required=True, type=Path, help="JSONL: id, problem, answer")
-    add("--limit", type=positive_int, default=4, help="problems to compare on")
-    add("--tokens", type=positive_int, default=64, help="greedy tokens a problem")
+    add("--limit", type=positive_int, default=4, help="number of problems")
+    add("--tokens", type=positive_int, default=64, help="greedy tokens per problem")
     add("--output", type=Path, help="JSON file")
     args = parser.parse_args(argv)
     problems = read_benchmark(args.problems, args.limit).problems.values()
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def compare(model: str, messages: list[dict], new_tokens: int) -> dict:
-    """For how many messages text, ids and greedy tokens are the same, and how far the logits differ."""
+    """Count the messages whose text, ids and greedy tokens are equal; report the largest difference of logits."""
     directory = resolve_directory(model, MODEL_FILES)
     tokenizer, their_tokenizer = Tokenizer.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     ours = load_pretrained(directory).eval()

@@ -1,12 +1,12 @@
-"""Speed and memory of prepare_data.py on generated corpora with responses of realistic length.
+"""Throughput and memory of prepare_data.py on generated corpora with responses of realistic length.
 
     python tests/bench/preparation.py --rows 5000 20000 --processes 1 2 --directory /tmp/corpora
 
-Two generations a row, lengths log-normal around 4,000 tokens and at most 20,000, one in two right; written as
-parquet shards of 1,000-row groups where pyarrow is installed, else as JSONL. `openr1` reads their verdicts,
-`traces` lets the answer checker find its own; both measure pairs with a tokenizer. Memory is the sum of the
-resident sizes of all processes, sampled every 0.1 s (shared pages count once per process), as far as two
-samples in a row reach it: a process being started is its parent for a moment, and would count twice.
+Two generations per row, lengths log-normal with a median of 4,000 tokens and at most 20,000, half of them correct;
+parquet shards with row groups of 1,000 if pyarrow is installed, else JSONL. `openr1` reads the verdicts in the corpus,
+`traces` runs the answer checker; both count tokens. Memory is the sum of the resident sizes of all processes, sampled
+every 0.1 s (shared pages count once per process). A peak counts if two consecutive samples reach it, because a forked
+process briefly appears as a second copy of its parent.
 """
 import argparse
 import importlib.util
@@ -68,7 +68,7 @@ def reasoning(rng: random.Random, characters: int) -> str:
 
 
 def write_tokenizer(directory: Path) -> Path:
-    """A byte-level BPE of 2,000 entries in a directory without a chat template, hence with ChatML."""
+    """Write a byte-level BPE of 2,000 entries to a directory without a chat template (so ChatML is used)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -84,7 +84,7 @@ def write_tokenizer(directory: Path) -> Path:
 
 
 def write_corpus(directory: Path, rows: int, tokenizer: Path) -> Path:
-    """Shards of 2,500 rows; made once."""
+    """Write shards of 2,500 rows, unless they exist."""
     from tokenizers import Tokenizer
 
     if directory.exists():
@@ -127,7 +127,7 @@ def corpus_row(rng: random.Random, number: int, characters_per_token: float) -> 
 
 
 def measure(command: list) -> tuple[float, float, int]:
-    """Seconds of wall time, CPU seconds, and the peak of the processes' summed resident sizes in bytes."""
+    """Wall seconds, CPU seconds, and the peak of the summed resident sizes of all processes in bytes."""
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     peak = previous = 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -145,7 +145,7 @@ def measure(command: list) -> tuple[float, float, int]:
 def tree(pid: int) -> list[int]:
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # it has ended meanwhile
+    except OSError:  # the process has exited
         return []
     return [pid, *(one for child in children for one in tree(int(child)))]
 

@@ -1,11 +1,11 @@
-"""Useful tokens per CPU second of sampling, ours beside transformers' generate, in turns in one process.
+"""Throughput of sampling beside transformers.generate, in useful tokens per CPU second, alternating in one process.
 
     python tests/bench/sampling.py                        16 prompts, top-p 0.95, temperature 0.6, one thread
     python tests/bench/sampling.py --shape wide-vocabulary --rows 8
 
-Needs the packages of tests/requirements.txt. Both load one directory of random weights, take the same prompts
-(24 to 60 tokens) and draw responses of the same uneven lengths (57 to 734 tokens): no token ends a response,
-a limit a row does. Tokens that fill up rows which are done do not count as useful.
+Needs tests/requirements.txt. Both load the same random weights and the same prompts (24 to 60 tokens) and sample
+responses of the same uneven lengths (57 to 734 tokens): there is no stop token, each row ends at its own limit. Padding
+after the end of a row does not count as useful.
 """
 
 import argparse
@@ -22,10 +22,10 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from redi.evaluation.generation import Request, generate  # noqa: E402
-from redi.model import CausalLM  # noqa: E402
+from redi.evaluation.sampling import sample_key  # noqa: E402
 from redi.hub.config import parse_config  # noqa: E402
 from redi.hub.weights import load_pretrained, save_pretrained  # noqa: E402
-from redi.evaluation.sampling import sample_key  # noqa: E402
+from redi.model import CausalLM  # noqa: E402
 
 SHAPES = {
     "standard": {"vocab_size": 32_000, "hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6},
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="standard")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=16, help="rows that ours decodes side by side")
+    parser.add_argument("--rows", type=int, default=16, help="rows of our decoding batch")
     parser.add_argument("--longest", type=int, default=734, help="tokens of the longest response")
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--turns", type=int, default=3)
@@ -46,7 +46,7 @@ def main() -> None:
     rng = random.Random(0)
     vocab_size = SHAPES[args.shape]["vocab_size"]
     prompts = [[rng.randrange(vocab_size) for _ in range(rng.randint(24, 60))] for _ in range(args.prompts)]
-    # Evenly spread on a logarithmic scale, so the mean lies well below the middle, as with reasoning traces.
+    # Evenly spaced on a logarithmic scale: long-tailed, as reasoning traces are.
     spread = [i / max(1, args.prompts - 1) for i in range(args.prompts)]
     lengths = [round(57 * (args.longest / 57) ** x) for x in spread]
     rng.shuffle(lengths)

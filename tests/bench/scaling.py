@@ -1,7 +1,7 @@
-"""How the cost of one micro-batch grows: CPU seconds with its packed tokens, peak memory with the vocabulary.
+"""Scaling of one micro-batch: CPU seconds with its packed tokens, peak memory with the vocabulary.
 
-    python tests/bench/scaling.py                one thread; needs the project's own packages only
-    python tests/bench/scaling.py --recompute    one sequence of 8,000 tokens: what each --recompute of train.py costs
+    python tests/bench/scaling.py                one thread; needs requirements.txt only
+    python tests/bench/scaling.py --recompute    cost of each --recompute of train.py on a sequence of 8,000 tokens
 """
 
 import argparse
@@ -17,19 +17,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from redi.hub.config import parse_config  # noqa: E402
 from redi.losses import token_logps  # noqa: E402
 from redi.model import RECOMPUTE, CausalLM  # noqa: E402
-from redi.hub.config import parse_config  # noqa: E402
 
 SHAPE = {
     "model_type": "qwen2", "vocab_size": 8_000, "hidden_size": 256, "intermediate_size": 704,
     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
     "max_position_embeddings": 32_768, "tie_word_embeddings": True,
 }  # fmt: skip
-SEQUENCE = 512  # tokens; longer micro-batches hold more sequences, not longer ones
-LONG = 8_000  # tokens of the sequence that --recompute measures
-LABELS, WIDTH = 8192, 64  # of the head whose memory is measured
-CHUNK = 2048  # the default of token_logps
+SEQUENCE = 512  # tokens; larger micro-batches hold more sequences, not longer ones
+LONG = 8_000  # tokens of the sequence in --recompute
+LABELS, WIDTH = 8192, 64  # positions and hidden size of the head whose memory is measured
+CHUNK = 2048  # positions; the default of token_logps on CUDA
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--largest", type=int, default=16_384, help="tokens of the largest micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--recompute", action="store_true", help="CPU seconds and peak memory of each way to recompute")
+    parser.add_argument("--recompute", action="store_true", help="cost of each --recompute of train.py instead")
     parser.add_argument("--one", choices=list(RECOMPUTE), help=argparse.SUPPRESS)
     parser.add_argument("--head", type=int, metavar="VOCABULARY", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -48,7 +48,7 @@ def main() -> None:
         return print(*long_sequence(args.one, args.repeats))
     if args.recompute:
         return measure_recompute(args.repeats)
-    measure_memory()  # first: a child's peak counts what its parent held when it was started
+    measure_memory()  # first: on Linux a child's peak starts at its parent's resident size
     measure_time(args)
 
 
@@ -57,15 +57,15 @@ def measure_time(args) -> None:
     model.init_weights(seed=0)
     sizes = [args.largest * i // 8 // SEQUENCE * SEQUENCE for i in (1, 2, 3, 4, 6, 8)]
     step(model, sizes[0])
-    # Sizes take turns, so that a busy machine slows all of them down.
+    # Sizes alternate, so that load on the machine affects all of them.
     seconds = np.array([[step(model, size) for size in sizes] for _ in range(args.repeats)])
     medians = [median(column) for column in seconds.T]
     slope, start = np.polyfit(sizes, medians, 1)
     rest = np.array(medians) - (slope * np.array(sizes) + start)
     explained = 1 - (rest**2).sum() / ((np.array(medians) - np.mean(medians)) ** 2).sum()
     for size, value in zip(sizes, medians):
-        print(f"{size:6} packed tokens: {value:7.2f} CPU s, {value / size * 1e3:.3f} ms a token")
-    print(f"fit: {start:.3f} s + {slope * 1e3:.4f} ms a token, R² {explained:.5f}, largest deviation "
+        print(f"{size:6} packed tokens: {value:7.2f} CPU s, {value / size * 1e3:.3f} ms per token")
+    print(f"fit: {start:.3f} s + {slope * 1e3:.4f} ms per token, R² {explained:.5f}, largest deviation "
           f"{np.abs(rest / medians).max():.1%}")
 
 
@@ -77,7 +77,7 @@ def measure_recompute(repeats: int) -> None:
 
 
 def long_sequence(recompute: str, repeats: int) -> tuple[float, float]:
-    """CPU seconds of forward and backward over one sequence of LONG tokens, their median, and the peak in MB."""
+    """Median CPU seconds of forward and backward over one sequence of LONG tokens, and peak memory in MB."""
     model = CausalLM(parse_config(SHAPE), recompute)
     model.init_weights(seed=0)
     step(model, SEQUENCE)
@@ -101,7 +101,7 @@ def cpu_seconds() -> float:
 
 
 def measure_memory() -> None:
-    print(f"{LABELS} labels, chunks of {CHUNK}; growth of the peak, gradient of the head taken off")
+    print(f"{LABELS} labels, chunks of {CHUNK}; growth of peak memory without the gradient of the head")
     for vocabulary in (16_000, 32_000, 64_000, 151_936):
         command = [sys.executable, __file__, "--head", str(vocabulary)]
         grown = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -111,10 +111,10 @@ def measure_memory() -> None:
 
 
 def head_growth(vocabulary: int) -> float:
-    """MB that forward and backward of the head add to a process's peak, without the gradient they return."""
+    """MB that forward and backward of the head add to the peak memory, without the gradient they return."""
     hidden, head = (torch.randn(n, WIDTH, requires_grad=True) for n in (LABELS, vocabulary))
     labels = torch.arange(LABELS) % vocabulary
-    token_logps(hidden[:64], head[:4096], labels[:64] % 4096).sum().backward()  # libraries set up
+    token_logps(hidden[:64], head[:4096], labels[:64] % 4096).sum().backward()  # initialises libraries
     hidden.grad, head.grad = torch.zeros_like(hidden), None
     before = peak_mb()
     token_logps(hidden, head, labels, CHUNK).sum().backward()

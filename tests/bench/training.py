@@ -1,14 +1,13 @@
-"""CPU seconds and peak memory of training steps, ours beside TRL 1.16, from the same rows and random model.
+"""Throughput and peak memory of training steps beside TRL 1.16, on the same rows and random model.
 
-    python tests/bench/training.py sft dpo simpo redi         one table row a method (redi beside TRL's SimPO)
+    python tests/bench/training.py sft dpo simpo redi         one table row per method (redi: beside TRL's SimPO)
     python tests/bench/training.py simpo --shape wide-vocabulary
-    python tests/bench/training.py sft dpo --new-rows --steps 60    peak memory, once allocators and caches are full
+    python tests/bench/training.py sft dpo --new-rows --steps 60    peak memory with full allocators and caches
 
-Needs the packages of tests/requirements.txt. Each method runs two processes, one with train.py's own loop and
-one with TRL's trainer, that take optimiser steps in turn, so that both see the same state of a shared machine.
-Both load one model directory, read one text file whose words are token ids, form the same micro-batches (1 pair,
-or 2 sequences for sft) without gradient checkpointing, and must agree on loss and gradient norm of the first
-step.
+Needs tests/requirements.txt. Per method two processes, one with train.py's own loop and one with TRL's trainer,
+alternate optimiser steps, so that load on a shared machine affects both. Both load the same model directory, read the
+same text whose words are tokens, form the same micro-batches (1 pair; sft: 2 sequences) without activation
+checkpointing, and must agree on loss and gradient norm of the first step.
 """
 
 import argparse
@@ -33,7 +32,7 @@ SHAPES = {
 }  # fmt: skip
 MICRO_BATCH = {"sft": 2}  # examples; 1 pair otherwise
 BATCH_SIZE = {"sft": 16}  # examples; 8 pairs otherwise: the same 16 sequences
-# Targets: tokens per CPU second at least, and peak memory at most, times TRL's.
+# Targets, relative to TRL: least throughput, largest peak memory.
 TARGETS = {"sft": (1.9, 0.5), "dpo": (2.3, 0.5), "simpo": (1.7, 0.65), "redi": (1.7, 0.65)}
 
 
@@ -41,9 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="+", choices=METHODS, metavar="method", help=", ".join(METHODS))
     parser.add_argument("--shape", choices=list(SHAPES), default="standard")
-    parser.add_argument("--warmup", type=int, default=2, help="steps not counted")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before counting")
     parser.add_argument("--steps", type=int, default=5, help="steps counted")
-    parser.add_argument("--new-rows", action="store_true", help="each step has rows of its own, a third as long")
+    parser.add_argument("--new-rows", action="store_true", help="new rows in each step, a third as long")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "DIRECTORY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -71,7 +70,7 @@ def compare(method: str, directory: str, args) -> str:
             line = worker.stdout.readline()
             if not line:
                 log = Path(directory, f"{side}.log").read_text()
-                sys.exit(f"{log[-2000:]}\nerror: the {side} process ended with exit code {worker.wait()}")
+                sys.exit(f"{log[-2000:]}\nerror: the {side} process exited with status {worker.wait()}")
             reports[side].append(json.loads(line))
     for worker in workers.values():
         worker.stdin.close()
@@ -84,7 +83,7 @@ def compare(method: str, directory: str, args) -> str:
     tokens = [report["tokens"] for report in reports["ours"]]
     speeds = {side: [n / r["cpu_seconds"] for n, r in list(zip(tokens, rs))[args.warmup :]]
               for side, rs in reports.items()}  # fmt: skip
-    # Steps that ran next to each other are compared with each other.
+    # Ratios of adjacent steps.
     ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds["trl"])]
     memory = {side: rs[-1]["peak_mb"] for side, rs in reports.items()}
     faster, smaller = TARGETS[method]
@@ -100,7 +99,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def start_worker(side: str, directory: str, args, method: str) -> subprocess.Popen:
-    # This process stays small: a child's peak memory counts what its parent held when it was started.
+    # This process imports no torch: on Linux a child's peak memory starts at its parent's resident size.
     command = [sys.executable, __file__, method, "--shape", args.shape, "--warmup", str(args.warmup)]
     command += ["--steps", str(args.steps), *["--new-rows"] * args.new_rows, "--worker", side, directory]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
@@ -111,7 +110,7 @@ def start_worker(side: str, directory: str, args, method: str) -> subprocess.Pop
 
 
 def prepare(directory: Path, args) -> None:
-    """A random model, and 8 pairs (--new-rows: a step) with responses of long-tailed lengths."""
+    """Write a random model, and 8 pairs (--new-rows: 8 per step) with long-tailed response lengths."""
     import numpy as np
     import torch
 
@@ -124,15 +123,14 @@ def prepare(directory: Path, args) -> None:
 
 
 def write_model_directory(directory: Path, shape: dict, dtype) -> None:
-    """Random Qwen2-like weights with a tied head, and a tokenizer of one word a token: w3, w4, …"""
+    """Write random Qwen2 weights with a tied head, and a tokenizer with one token per word: w3, w4, …"""
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import models, pre_tokenizers
 
-    from redi.tokenizer import CHATML_TEMPLATE
-    from redi.model import CausalLM
     from redi.hub.config import parse_config
     from redi.hub.weights import save_pretrained
-    from redi.tokenizer import Tokenizer
+    from redi.model import CausalLM
+    from redi.tokenizer import CHATML_TEMPLATE, Tokenizer
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     words = special + [f"w{i}" for i in range(len(special), shape["vocab_size"])]
@@ -154,9 +152,9 @@ def write_model_directory(directory: Path, shape: dict, dtype) -> None:
 
 
 def write_rows(directory: Path, lengths, prompts: tuple[int, int], vocab_size: int) -> dict[str, Path]:
-    """pairs.jsonl, and sft.jsonl with the same responses, as random text.
+    """Write random text to pairs.jsonl, and the same responses to sft.jsonl.
 
-    Args: lengths: (pairs, 2) words of each response; prompts: the least and the most words of a prompt.
+    Args: lengths: (pairs, 2) words of each response; prompts: smallest and largest number of words of a prompt.
     """
     import numpy as np
 
@@ -178,11 +176,11 @@ def write_rows(directory: Path, lengths, prompts: tuple[int, int], vocab_size: i
 
 
 class Turns:
-    """The worker's end of the pipe: waits until its step is wanted, then reports what the step took."""
+    """The worker's end of the pipe: waits for its turn, then reports the cost of the step."""
 
     def __init__(self):
         self.replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no reply
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps the output of libraries out of the replies
 
     def begin(self) -> None:
         if not sys.stdin.readline():
@@ -205,8 +203,7 @@ def data_file(directory: Path, method: str) -> Path:
 
 
 def run_ours(directory: Path, args) -> None:
-    """train.py's loop as it is, but for the order of the rows, which of them share a micro-batch, and waiting its
-    turn."""
+    """Run train.py's loop unchanged, except for the order of rows, their micro-batches, and waiting for its turn."""
     import numpy as np
     import torch
 
@@ -238,7 +235,7 @@ def run_ours(directory: Path, args) -> None:
 
 
 def run_trl(directory: Path, args) -> None:
-    """TRL's trainer of the method, or of SimPO where it has none."""
+    """Run TRL's trainer of the method (redi: of SimPO)."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
@@ -251,7 +248,7 @@ def run_trl(directory: Path, args) -> None:
             turns.begin()
 
         def on_log(self, arguments, state, control, logs, **_):
-            if "loss" in logs:  # one line a step, its last act; the other line sums up the run
+            if "loss" in logs:  # logged at the end of each step; the summary of the run has no loss
                 turns.end(loss=logs["loss"], grad_norm=logs["grad_norm"])
 
     model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
@@ -275,7 +272,7 @@ def run_trl(directory: Path, args) -> None:
 
 
 def trl_trainer(method: str):
-    """(trainer class, its own options), with train.py's default of every hyper-parameter."""
+    """(trainer class, its options), with the hyper-parameters that train.py has by default."""
     if method == "sft":
         from trl import SFTTrainer
 
