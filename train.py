@@ -188,8 +188,8 @@ def count_steps(args: argparse.Namespace, examples: int) -> int:
 def make_batch(args: argparse.Namespace, config: ModelConfig, dataset: data.Dataset, step: int):
     """(epoch, rows of the step over all ranks, this rank's micro-batches)."""
     epoch, rows = data.step_rows(len(dataset), args.batch_size, args.seed, step)
-    ranks = distributed.rank(), distributed.world_size()
-    return epoch, rows, data.micro_batches(dataset, rows, config.forward_flops, args.micro_batch_tokens, *ranks)
+    flops, ranks = partial(plan.forward_flops, config), (distributed.rank(), distributed.world_size())
+    return epoch, rows, data.micro_batches(dataset, rows, flops, args.micro_batch_tokens, *ranks)
 
 
 def read_config(args: argparse.Namespace, directory: Path, tokenizer: Tokenizer) -> ModelConfig:

@@ -58,20 +58,6 @@ class ModelConfig:
     rope_scaling: dict | None = None  # Llama 3's four numbers
     raw: dict = field(default_factory=dict, repr=False)  # config.json as read, so that saving keeps all of its keys
 
-    def forward_flops(self, lengths, labels=0):
-        """FLOPs of one forward over sequences of `lengths` tokens (an array), `labels` of them predicted.
-
-        2 per token and parameter in matrix products; 2 x layers x H x D x S² for causal attention over S tokens.
-        """
-        channels = self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
-        layer = self.hidden_size * (channels + 3 * self.intermediate_size)
-        products = self.num_hidden_layers * layer * lengths + self.hidden_size * self.vocab_size * labels
-        return 2.0 * products + self.attention_flops(lengths)
-
-    def attention_flops(self, lengths):
-        """The part of forward_flops that is attention's."""
-        return 2.0 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * lengths**2.0
-
 
 def rope_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
     """Angular frequency of each pair of channels, (D/2,) fp32, in radians a position.

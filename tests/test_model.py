@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from redi.attention import ATTENTION_OPS, cached_attention, packed_attention
 from redi.losses import token_logps
 from redi.model import CausalLM, ModelConfig, apply_rope, rope_frequencies
+from redi.training.plan import forward_flops
 from redi.hub.config import parse_config
 from tests.tiny import QWEN2, randomize
 
@@ -306,6 +307,6 @@ def test_forward_flops_are_those_of_the_matrices_and_of_causal_attention():
         linears = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))
         pairs = lengths**2 / 2  # query and key, two products of 2 D FLOPs each
         attention = config.num_hidden_layers * config.num_attention_heads * pairs * 4 * config.head_dim
-        torch.testing.assert_close(config.forward_flops(lengths), 2 * linears * lengths + attention)
-        head = config.forward_flops(lengths, labels=11) - config.forward_flops(lengths)
+        torch.testing.assert_close(forward_flops(config, lengths), 2 * linears * lengths + attention)
+        head = forward_flops(config, lengths, labels=11) - forward_flops(config, lengths)
         torch.testing.assert_close(head, torch.full((2,), 2.0 * 11 * model.head_weight.numel()))

@@ -133,7 +133,7 @@ def test_arithmetic_of_the_papers_model():
         plan.training_flops(config, size, size, "nothing") - plan.training_flops(config, size, 0 * size, "nothing")
     )[0]
     assert head / 5500 == pytest.approx(8 * 233.4e6, rel=2e-4)
-    assert config.forward_flops(size, size)[0] / 5500 == pytest.approx(
+    assert plan.forward_flops(config, size, size)[0] / 5500 == pytest.approx(
         2 * 1543.6e6 + 86016 * 5500, rel=1e-4
     )
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from redi import attention, data, distributed, files, kernels, losses
 from redi import model as model_code
 from redi.hub.weights import weights_digest
+from redi.training.plan import forward_flops
 
 # DPO's policy starts as its reference: how far the two may differ before the first update, in nats per token.
 REFERENCE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
@@ -25,9 +26,9 @@ def completion_logps(
     """
     logps = torch.zeros(len(dataset), dataset.sequences_per_example, device=model.head_weight.device)
     blocks = np.array_split(np.arange(len(dataset)), -(-len(dataset) // batch_size))
-    ranks = distributed.rank(), distributed.world_size()
+    flops, ranks = partial(forward_flops, model.config), (distributed.rank(), distributed.world_size())
     for rows in tqdm(blocks, title, disable=distributed.hide_bar(), unit="batch", leave=False):
-        for micro in data.micro_batches(dataset, rows, model.config.forward_flops, micro_batch_tokens, *ranks):
+        for micro in data.micro_batches(dataset, rows, flops, micro_batch_tokens, *ranks):
             micro = micro.to(logps.device)
             sums, _ = losses.sequence_logps(model(*micro.model_inputs()), micro.labels, micro.cu_seqlens)
             if micro.weight:

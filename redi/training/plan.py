@@ -30,6 +30,22 @@ class Gpus:
     utilization: float  # share of the peak rate that is reached
 
 
+def forward_flops(config: ModelConfig, lengths, labels=0):
+    """FLOPs of a forward over sequences of `lengths` tokens (an array), `labels` of them predicted; same shape.
+
+    2 per token and parameter in matrix products; 2 x layers x H x D x S² for causal attention over S tokens.
+    """
+    channels = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    layer = config.hidden_size * (channels + 3 * config.intermediate_size)
+    products = config.num_hidden_layers * layer * lengths + config.hidden_size * config.vocab_size * labels
+    return 2.0 * products + attention_flops(config, lengths)
+
+
+def attention_flops(config: ModelConfig, lengths):
+    """The part of forward_flops that is attention's."""
+    return 2.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * lengths**2.0
+
+
 def training_flops(config: ModelConfig, lengths, labels, recompute: str, keep_layers: int = 0) -> np.ndarray:
     """FLOPs of forward and backward of sequences of `lengths` tokens (an array), `labels` of them predicted.
 
@@ -38,12 +54,12 @@ def training_flops(config: ModelConfig, lengths, labels, recompute: str, keep_la
     The head costs 8 per parameter at predicted positions, since backward recomputes the logits.
     """
     down_projection = 2.0 * config.num_hidden_layers * config.intermediate_size * config.hidden_size * lengths
-    recomputed = config.forward_flops(lengths) - down_projection
+    recomputed = forward_flops(config, lengths) - down_projection
     if recompute == "all-but-attention":
-        recomputed -= config.attention_flops(lengths)
+        recomputed -= attention_flops(config, lengths)
     share = 0 if recompute == "nothing" else max(0, 1 - keep_layers / config.num_hidden_layers)
     head = 8.0 * config.hidden_size * config.vocab_size * labels
-    return 3 * config.forward_flops(lengths) + share * recomputed + head
+    return 3 * forward_flops(config, lengths) + share * recomputed + head
 
 
 def peak_memory(
@@ -109,14 +125,14 @@ def describe(
     lengths, labels, tokens = dataset.input_lengths, dataset.label_counts, dataset.input_lengths.sum(1)
     step_tokens, micro_batches, largest = [int(tokens[rows].sum()) for rows in batches], 0, 0
     for rows in batches:
-        parts = assign_to_ranks(dataset, rows, config.forward_flops, micro_batch_tokens, gpus.count)
+        parts = assign_to_ranks(dataset, rows, partial(forward_flops, config), micro_batch_tokens, gpus.count)
         micro_batches += len(parts)
         largest = max(largest, *(int(tokens[part].sum()) for micro in parts for part in micro))
     rows = np.concatenate(batches)
 
     def flops(recompute: str, keep_layers: int) -> float:
         training = training_flops(config, lengths, labels, recompute, keep_layers).sum(1)[rows].sum()
-        return training + (config.forward_flops(lengths, labels).sum() if reference else 0)
+        return training + (forward_flops(config, lengths, labels).sum() if reference else 0)
 
     memory = partial(peak_memory, config, largest, gpus.count, itemsize)
     total, table = flops(recompute, keep_layers), memory(recompute, keep_layers)

@@ -52,6 +52,7 @@ from redi.hub.config import load_config  # noqa: E402
 from redi.hub.weights import load_pretrained  # noqa: E402
 from redi.losses import token_logps  # noqa: E402
 from redi.tokenizer import Tokenizer  # noqa: E402
+from redi.training.plan import forward_flops  # noqa: E402
 
 METHODS = ["sft", "redi", "dpo", "simpo"]
 SAMPLING = {"sampling-64": 64, "sampling-256": 256}  # rows
@@ -198,7 +199,7 @@ def run_training(directory: Path, part: str, lengths: np.ndarray, prompts, pairs
     for step in range(1, args.steps):
         _, rows = step_rows(len(dataset), train_args.batch_size, train_args.seed, step)
         batches.append((dataset.input_lengths[rows].ravel(), dataset.label_counts[rows].ravel()))
-    flops = [3 * model_config.forward_flops(*batch).sum() for batch in batches]
+    flops = [3 * forward_flops(model_config, *batch).sum() for batch in batches]
 
     def words(seconds: list[float], peak_memory: float) -> str:
         tokens = [lengths.sum() for lengths, _ in batches]
