@@ -28,7 +28,7 @@ from redi.distributed import print_rank0
 from redi.example import water_tank
 from redi.files import resolve_directory
 from redi.hub.config import load_config
-from redi.hub.weights import DTYPES, MODEL_FILES, load_sharded
+from redi.hub.weights import DTYPES, MODEL_FILES, load_sharded, weights_digest
 from redi.losses import sequence_logps
 from redi.model import RECOMPUTE, CausalLM, ModelConfig
 from redi.rows import TokenSettings
@@ -93,8 +93,8 @@ def train(args: argparse.Namespace) -> None:
     """Run one stage, from rows to OUTPUT/final. Every rank calls."""
     method, device = METHODS[args.method], distributed.init_process_group()
     objective = partial(method.losses, **{name: getattr(args, name) for name in method.flags})
-    run = Run(args, *run_settings(args), knobs=[f"--{name.replace('_', '-')}" for name in method.flags])
-    if run.is_finished():
+    run = Run(args, *run_settings(args), [f"--{name.replace('_', '-')}" for name in method.flags])
+    if run.is_finished:
         return print_rank0(f"{args.output / 'final'} exists: nothing to do")
     directory = resolve_directory(args.model, MODEL_FILES)
     tokenizer = Tokenizer.from_pretrained(directory)
@@ -102,15 +102,16 @@ def train(args: argparse.Namespace) -> None:
     model = load_sharded(directory, config, device, DTYPES[args.dtype], args.recompute, args.keep_layers, args.compile)
     dataset = load_data(args, args.data, tokenizer, config)
     eval_dataset = args.eval_data and load_data(args, args.eval_data, tokenizer, config)
-    run.claim(dataset.digest, eval_dataset and eval_dataset.digest)  # nothing is written before all inputs are checked
+    # Nothing is written before all inputs are checked.
+    run.prepare_output_dir(weights_digest(directory), dataset.digest, eval_dataset and eval_dataset.digest)
     batching = {"batch_size": args.batch_size, "micro_batch_tokens": args.micro_batch_tokens}
     reference = None
     if method.reference:
         path = dataset_logps.reference_path(args.data, args.output, directory, config, args.dtype, dataset)
         reference = dataset_logps.reference(path, model, dataset, **batching)
     optimizer = build_optimizer(model, args.lr, args.weight_decay)
-    run.begin(model, optimizer, tokenizer,
-              held_out=eval_dataset and partial(dataset_logps.held_out, model, eval_dataset, **batching))
+    run.restore(model, optimizer, tokenizer,
+                held_out=eval_dataset and partial(dataset_logps.held_out, model, eval_dataset, **batching))
     total_steps = count_steps(args, len(dataset))
     print_rank0(f"{args.method}: {len(dataset)} examples ({dataset.dropped} too long, dropped), {total_steps} steps of "
                 f"{args.batch_size}, from step {run.state['step']}; {sum(p.numel() for p in model.parameters()):,} "
@@ -142,7 +143,7 @@ def train(args: argparse.Namespace) -> None:
             dataset_logps.check_reference(metrics["reference_gap"], args.dtype, path)
         metrics |= {"lr": lr, "lr_grad_norm": lr * metrics["grad_norm"], "tokens": dataset.input_lengths[rows].sum()}
         run.after_step(step + 1, epoch, metrics, dataset.lines[rows], updated=finite)
-    run.finish()
+    # run.steps has written OUTPUT/final.
 
 
 @torch.no_grad()
@@ -314,8 +315,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if args.plan or torch.cuda.is_available() else "float32")
     args.prefill = args.prefill.replace("\\n", "\n")
     args.eval_every = args.eval_every or args.save_every or 200
-    if distributed.restarts():  # continue where this worker's predecessor stopped
-        args.resume, args.overwrite = True, False
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     for path in filter(None, (args.data, args.eval_data)):
@@ -343,4 +342,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, at_end=distributed.leave_process_group)

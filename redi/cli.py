@@ -1,37 +1,41 @@
-"""What the commands have in common: flags, one sentence for an error, exit status, signals. Imports no torch."""
+"""Shared by the commands: flags, one-sentence errors, exit status, signals, the screen. Does not import torch."""
 
 import argparse
-import atexit
+import contextlib
 import ctypes
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Iterator
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SECONDS_TO_UNWIND = 1
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def prepare_process() -> None:
-    """Set what must be set before torch is imported. For the first lines of a command that imports it."""
+    """Set what must be set before torch is imported. Called in the first lines of a command that imports it."""
     # oneDNN, and ideep between it and torch, cache 1,024 primitives each, one for every shape of a product. Packed
     # batches have a new number of tokens at every step, so without a bound memory grows from step to step.
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # else the workers of a torchrun killed with -9 would keep running
         end_with_parent()
 
 
 def end_with_parent() -> None:
-    """On Linux, kill this process when its parent ends: the workers of a killed parent would go on for hours."""
+    """Have the kernel kill this process when the thread that started it ends. Linux only; elsewhere a no-op."""
+    parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(1)
 
 
 class Parser(argparse.ArgumentParser):
-    """Help with the defaults in it, the description as it is laid out, and a ValueError for a bad command line."""
+    """Shows defaults and the layout of the description in --help; a bad command line is a ValueError."""
 
     class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
@@ -46,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, words: str, low: float = 0, below: float = math.inf) -> Callable[[str], float]:
-    """For a flag's `type`: an int or float with low <= value < below, which `words` describe."""
+    """The `type` of a flag: an int or float with low <= value < below, described by `words` in the error message."""
 
     def parse(text: str):
         try:
@@ -67,90 +71,88 @@ not_negative = number(float, "a number from 0 up")
 share = number(float, "a share from 0 to 1", below=math.nextafter(1, 2))
 
 
-class Interrupted(BaseException):
-    """Raised in the main thread by a signal that `run_command` has taken over."""
+def run_command(
+    main: Callable[[], None], when_interrupted: str = "interrupted", at_end: Callable[[], None] = lambda: None
+) -> None:
+    """Call main() and, if it succeeds, at_end(), and end the process with its exit status.
 
-    def __init__(self, number: int):
-        self.number = number
+    The status is 0, that of a SystemExit, 1 after a ValueError or OSError (printed as one sentence) or any other
+    exception (with its traceback), or 128 + the number of a signal that interrupted main.
 
-
-def run_command(main: Callable[[], None], when_interrupted: str = "interrupted") -> None:
-    """Call main(), and end the process: with status 0 or that of a SystemExit, with 1 after one sentence for a
-    ValueError or OSError, or with 128 + its number for SIGINT and SIGTERM, which raise Interrupted in main unless
-    main handles them itself.
-
-    The interpreter is not shut down: a thread of Gloo's that frees the tensors of the last collective meanwhile aborts
-    the process (pytorch issue 190489), and FSDP keeps these threads alive beyond destroy_process_group.
+    The interpreter is not shut down: FSDP keeps threads of Gloo alive beyond destroy_process_group, and one of them
+    that releases the tensors of the last collective meanwhile aborts the process (PyTorch issue 190489).
     """
-    for number in SIGNALS:
-        signal.signal(number, _raise_interrupted)
-    # The ranks of a machine have the same to say, and the first of them says it. Another machine may lack a file.
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-    status = 0
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    status, message = 1, ""
     try:
-        try:
+        with handle_signals(_interrupt):
             main()
-            sys.stdout.flush()
-        except (ValueError, OSError) as error:
-            if speaks:
-                print(f"error: {error}", file=sys.stderr)
-            status = 1
-        except SystemExit as end:
-            if not isinstance(end.code, int):
-                raise  # a text, for the interpreter to print
-            status = end.code
-        finally:
-            _leave_to_the_system()
-    except Interrupted as interruption:
-        _leave_to_the_system()
-        # Without what atexit has to do, which would wait for threads and workers.
-        _end(128 + interruption.number, when_interrupted if speaks else "")
-    atexit._run_exitfuncs()
-    _end(status)
+            at_end()
+        status = 0
+    except (ValueError, OSError) as error:
+        message = f"error: {error}"
+    except SystemExit as end:
+        status, message = (1, end.code) if isinstance(end.code, str) else (end.code or 0, "")
+    except KeyboardInterrupt as interruption:
+        status, message = 128 + interruption.args[0], when_interrupted
+    except Exception:
+        traceback.print_exc()
+    # All ranks of a machine fail with the same sentence; the first of them prints it. Another machine may lack a file.
+    if message and ("RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"):
+        print(message, file=sys.stderr)
+    os._exit(status)
 
 
-def _end(status: int, words: str = "") -> None:
-    try:
-        if words:
-            print(words, file=sys.stderr)
-        sys.stdout.flush()
-    finally:
-        os._exit(status)
+def _interrupt(number: int) -> None:
+    raise KeyboardInterrupt(number)
 
 
-def _raise_interrupted(number: int, frame) -> None:
-    """Raise Interrupted, and again every second until run_command has it.
+@contextlib.contextmanager
+def handle_signals(on_first: Callable[[int], None] | None) -> Iterator[None]:
+    """Call on_first(number) for the first of SIGNALS that arrives in the block. One that arrives a second or more later
+    ends the process; an earlier one is the same request again, which SLURM sends to torchrun and to its workers, and
+    torchrun forwards. A signal that the process was started with ignored (nohup) stays ignored.
 
-    An exception can get lost: the interpreter drops one that is raised in a destructor or a callback. And it can be
-    held up, by a `with` or `finally` on its way that waits: for downloads to end, or for a lock whose owner it was.
+    Python runs a handler only between two operations of the main thread, and drops an exception that a handler raises
+    in a destructor. None: a signal ends the process at once, for waits in C++, where no handler runs.
     """
-    _leave_to_the_system()
+    first = None
 
-    def interrupt(*_) -> None:
-        raise Interrupted(number)
+    def handle(number, frame):
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            on_first(number)
+        elif time.monotonic() - first >= 1:
+            os._exit(128 + number)
 
-    signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_UNWIND, SECONDS_TO_UNWIND)
-    interrupt()
-
-
-def _leave_to_the_system() -> None:
-    """From now on a signal ends the process at once: the system does not wait, as a handler does, for the end of a
-    long product."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-
-
-def uninterrupted(function: Callable, *arguments):
-    """function(*arguments), which is not fit to be broken off: a signal meanwhile is handled when it has returned.
-    For the main thread."""
-    received = []
-    handlers = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SIGNALS}
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    handled = [number for number, handler in previous.items() if handler is not signal.SIG_IGN]
     try:
-        return function(*arguments)
+        for number in handled:
+            signal.signal(number, handle if on_first else signal.SIG_DFL)
+        yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
+        for number in handled:
+            signal.signal(number, previous[number])
+
+
+class Screen:
+    """Standard output or error of a command: flushed at every write, so that a log file is up to date; and silent
+    where it cannot be written (a closed pipe or terminal, a full disk), which must not end a run."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None where the process was started without it
+        self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)

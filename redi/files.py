@@ -1,4 +1,4 @@
-"""Files in and out: JSONL, JSON objects, atomic writes, digests, cached arrays, hub downloads. Imports no torch."""
+"""JSONL, JSON, atomic writes, locks, digests, cached arrays, hub downloads. Does not import torch."""
 
 import ast
 import contextlib
@@ -6,8 +6,12 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
+import socket
+import time
+import uuid
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 MAX_LINE_BYTES = 64 * 2**20
+LOCK = ".lock"  # in a directory that one process at a time writes
+_locks: dict[Path, int] = {}  # lock file -> the open file that holds the lock
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -24,7 +30,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield (line number from 1, object) of each non-blank line.
 
     Raises ValueError naming file and line for invalid UTF-8, malformed JSON, anything but an object, and
-    lines over 64 MiB (which are not read whole).
+    lines over 64 MiB.
     """
     with open_to_read(path) as file:
         number = 0
@@ -39,7 +45,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
 
 
 def read_json(path: str | Path) -> dict:
-    """The object in a JSON file. Raises ValueError naming the file where it is absent, malformed, or no object."""
+    """The object in a JSON file. Raises ValueError naming a file that is absent, malformed, or not an object."""
     with open_to_read(path) as file, error_context(str(path)):
         return _json_object(file.read())
 
@@ -69,7 +75,7 @@ def json_line(row: dict, errors: str = "backslashreplace") -> bytes:
 
 
 def append_row(path: str | Path, row: dict) -> None:
-    """Add one line to a JSONL file: the whole line, or (disk full: OSError naming it) nothing of it."""
+    """Append one line to a JSONL file: all of it or, if the disk is full (OSError naming the file), nothing."""
     line = json_line(row)
     with naming(path), open(path, "ab", buffering=0) as file:
         end = file.tell()
@@ -79,25 +85,20 @@ def append_row(path: str | Path, row: dict) -> None:
 
 
 def drop_partial_line(path: str | Path) -> None:
-    """Cut what a killed process left after the last line end of a JSONL file, if there is that file."""
+    """Truncate a JSONL file, if it exists, after its last line end: a killed process may have left part of a line."""
     if not Path(path).exists():
         return
     with open(path, "rb+") as file:
-        end = start = file.seek(0, os.SEEK_END)
-        while start > 0:
-            start = max(0, start - 65536)
-            file.seek(start)
-            newline = file.read(min(65536, end - start)).rfind(b"\n")
-            if newline >= 0:
-                start += newline + 1
-                break
-        if start < end:
-            file.truncate(start)
+        if size := file.seek(0, os.SEEK_END):
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                end = content.rfind(b"\n") + 1
+            if end < size:
+                file.truncate(end)
 
 
 @contextlib.contextmanager
 def error_context(place: str):
-    """Say where: the words of a ValueError raised in the block begin with the place ("FILE, line 3")."""
+    """Prefix the message of a ValueError raised in the block with the place ("FILE, line 3")."""
     try:
         yield
     except ValueError as error:
@@ -106,7 +107,7 @@ def error_context(place: str):
 
 @contextlib.contextmanager
 def naming(path: str | Path):
-    """Put the path into an OSError that lacks it, as one of a write or fsync does."""
+    """Add the path to an OSError without one, such as that of a write or fsync."""
     try:
         yield
     except OSError as error:
@@ -117,7 +118,7 @@ def naming(path: str | Path):
 
 @contextlib.contextmanager
 def replacing(path: str | Path):
-    """Yields the name to write under: the file takes its own name, whole, when the block ends well, or not at all."""
+    """Yields a temporary name to write to. The file is renamed to `path` when the block ends well, else removed."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
@@ -129,7 +130,7 @@ def replacing(path: str | Path):
 
 @contextlib.contextmanager
 def write_atomically(path: str | Path):
-    """A binary file that appears under its name whole and on disk, when the block ends well, or not at all."""
+    """A binary file that appears under its name, complete and on disk, when the block ends well, or not at all."""
     with replacing(path) as partial, naming(path), open(partial, "wb") as file:
         yield file
         file.flush()
@@ -138,55 +139,98 @@ def write_atomically(path: str | Path):
 
 @contextlib.contextmanager
 def new_directory(output: str | Path, overwrite: bool, names: Collection[str]) -> Iterator[Path]:
-    """A hidden directory beside `output` that takes its name, whole and on disk, when the block ends well, and else
-    is removed.
+    """A directory beside `output` to write into, renamed to `output` when the block ends well and removed otherwise.
 
     names: the files that the block writes, which `overwrite` may replace. Raises ValueError where output holds
-    something else, or another run is writing it.
+    anything else.
     """
     output = Path(output).absolute()
-    partial, replaced = (output.with_name(f".{output.name}.{state}") for state in ("partial", "replaced"))
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+    _check_replaceable(output, overwrite, names)
+    for leftover in output.parent.glob(f"{output.name}.partial-*"):  # of a run that was killed
+        remove(leftover)
+    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    make_directory(partial)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"another run is writing {output}") from None
-    try:
-        if replaced.exists() and not output.exists():  # a run was killed between its two renames
-            replaced.rename(output)
-        present = _replaceable_files(output, overwrite, names)
-        for leftover in partial.iterdir():  # of a run that was killed
-            leftover.unlink()
         with naming(output):
             yield partial
         for path in (*partial.iterdir(), partial):
             fsync(path)
-        if present:
-            shutil.rmtree(replaced, ignore_errors=True)
-            output.rename(replaced)
-        partial.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not output.exists():
-            replaced.rename(output)
-        raise
+        _check_replaceable(output, overwrite, names)
+        replace_directory(partial, output)
     finally:
-        os.close(lock)
+        remove(partial)
 
 
-def _replaceable_files(output: Path, overwrite: bool, names: Collection[str]) -> list[str]:
-    """The files in output. Raises ValueError where they may not be replaced by those of these names."""
+def _check_replaceable(output: Path, overwrite: bool, names: Collection[str]) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: expected a directory, found a file")
     present = sorted(path.name for path in output.iterdir()) if output.exists() else []
     if present and not overwrite:
         raise ValueError(f"{output} already holds {present[0]}: choose another --output, or --overwrite it")
     if foreign := [name for name in present if name not in names]:
-        raise ValueError(f"{output} holds {foreign[0]}, which is not this command's: choose another --output")
-    return present
+        raise ValueError(f"{output} holds {foreign[0]}, which this command did not write: choose another --output")
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Rename `new` to `path`. A directory of that name is moved aside first, and removed last."""
+    old = path.with_name(f"{path.name}.replaced")
+    remove(old)
+    try:
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    fsync(path.parent)
+    remove(old)
+
+
+def make_directory(path: Path) -> None:
+    """Raises ValueError where a file, or a link to nothing, has that name."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: expected a directory, found a file")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a directory with its content, a file, or a link (not what it points to), if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def lock_directory(directory: Path) -> str:
+    """Keep other processes out of a directory until this one ends, when the kernel releases the lock. Returns the
+    content of the lock file, which no other process has written. Calling again changes nothing.
+
+    Raises ValueError naming process id and host of an owner that stays for ten seconds; the workers of a killed
+    torchrun take a moment to end.
+    """
+    path = directory / LOCK
+    if path in _locks and path.exists():
+        return path.read_text()
+    handle, deadline = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + 10
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise ValueError(f"{directory} is in use by {path.read_text() or 'another process'}") from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks: two runs at a time are up to the user
+            break
+    _locks[path] = handle
+    with naming(path):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} ({uuid.uuid4()})".encode(), 0)
+    return path.read_text()
 
 
 def write_json(path: str | Path, value: dict) -> None:
@@ -196,8 +240,8 @@ def write_json(path: str | Path, value: dict) -> None:
 
 @contextlib.contextmanager
 def saving_safetensors(path: str | Path):
-    """Around a call of safetensors' save_file: a full disk is an OSError, the file has the permissions that the
-    umask gives (save_file's own are 0600, which another user's inference server cannot read) and is on disk."""
+    """Around safetensors' save_file: a full disk is an OSError, and the file is on disk with the permissions of the
+    umask (save_file's own are 0600, which another user's inference server cannot read)."""
     path = Path(path)
     path.touch()
     permissions = path.stat().st_mode
@@ -243,18 +287,25 @@ def code_digest(*sources: str | Path | ModuleType) -> str:
     return text_digest("\n".join(texts))
 
 
-def resolve_directory(path_or_hub_id: str | Path, patterns: list[str], repo_type: str = "model") -> Path:
-    """A local directory as it is; otherwise a Hugging Face hub id, of which the files that match `patterns`
-    (globs) are downloaded into the hub's cache.
+def source_digest() -> str:
+    """A digest of this package and its commands, byte by byte: whether processes run the same code."""
+    package = Path(__file__).parent
+    scripts = [package.parent / f"{name}.py" for name in ("train", "evaluate")]
+    digests = [file_digest(path) for path in (*sorted(package.rglob("*.py")), *filter(Path.is_file, scripts))]
+    return text_digest(" ".join(digests))
 
-    Raises ValueError when there is no such directory, and no such repository or no way to the hub.
+
+def resolve_directory(path_or_hub_id: str | Path, patterns: list[str], repo_type: str = "model") -> Path:
+    """A local directory, or the cached download of a Hugging Face hub id: of its files that match `patterns` (globs).
+
+    Raises ValueError where there is no such directory, and no such repository or no connection to the hub.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
     if path.exists():
         raise ValueError(f"{path}: expected a directory, found a file")
-    from huggingface_hub import snapshot_download  # takes 0.2 s to import: only where a hub id is given
+    from huggingface_hub import snapshot_download  # imported here, as it takes 0.2 s
 
     try:
         return Path(snapshot_download(str(path_or_hub_id), repo_type=repo_type, allow_patterns=patterns))
@@ -265,8 +316,8 @@ def resolve_directory(path_or_hub_id: str | Path, patterns: list[str], repo_type
 
 
 def cache_path(data: Path, kind: str, fallback: Path, *depends_on) -> Path:
-    """DATA.kind-DIGEST.safetensors beside the data, for other runs to use; in the directory `fallback` where
-    that cannot be written. `depends_on`: everything that decides the content, as what str() can tell apart."""
+    """DATA.kind-DIGEST.safetensors beside the data, to be shared by runs, or in the directory `fallback` if that is
+    read-only. `depends_on`: everything that determines the content; compared by repr()."""
     directory = data.parent
     if not os.access(directory, os.W_OK):
         fallback.mkdir(parents=True, exist_ok=True)
@@ -275,26 +326,26 @@ def cache_path(data: Path, kind: str, fallback: Path, *depends_on) -> Path:
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, with a checksum in it, that appears whole or not at all. Raises OSError."""
+    """Atomically write a safetensors file that includes a checksum. Raises OSError."""
     metadata = metadata or {}
     with replacing(path) as partial, saving_safetensors(partial):
         save_file(arrays, partial, metadata={**metadata, "sha256": _checksum(arrays, metadata)})
 
 
 def load_arrays(path: Path, mapped: tuple[str, ...] = ()) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(arrays, metadata) of save_arrays. Those named in `mapped` are memory-mapped, not read: all processes of a
-    machine share their pages. Raises ValueError naming a file that is damaged or cannot be read."""
+    """(arrays, metadata) of save_arrays. Arrays named in `mapped` are memory-mapped, so that the processes of a machine
+    share their pages. Raises ValueError naming a file that is corrupt or cannot be read."""
     try:
         with safe_open(path, framework="np") as file:
             metadata = dict(file.metadata() or {})
             arrays = {key: file.get_tensor(key) for key in file.keys() if key not in mapped}
         arrays |= {key: _memory_map(path, key) for key in mapped}
         if metadata.pop("sha256", None) != _checksum(arrays, metadata):
-            raise ValueError("its checksum is another")
+            raise ValueError("checksum mismatch")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and it is made again") from None
+        raise ValueError(f"{path} is corrupt ({error}): delete it, and it will be written again") from None
     return arrays, metadata
 
 
@@ -304,7 +355,7 @@ def _memory_map(path: Path, key: str) -> np.ndarray:
         header = json.loads(file.read(header_bytes))[key]
     assert header["dtype"] == "I32"
     start, stop = header["data_offsets"]
-    if start == stop:  # nothing can be mapped
+    if start == stop:  # mmap refuses empty arrays
         return np.empty(0, np.int32)
     return np.memmap(path, np.int32, "r", 8 + header_bytes + start, tuple(header["shape"]))
 

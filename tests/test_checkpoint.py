@@ -68,27 +68,27 @@ def test_newest_whole_checkpoint_is_found_and_damage_named(tmp_path, capsys):
     assert checkpoint.newest_checkpoint(tmp_path) is None
     assert checkpoint.newest_checkpoint(tmp_path / "absent") is None
     pair = trained()
-    for step in (2, 10, 4):
+    for step in (2, 1_000_000, 4):  # seven digits
         save_checkpoint(tmp_path, *pair, None, {"step": step}, torch.float32)
     for name in ("step-000099.partial", "step-7", "step-abcdef"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-000098").write_text("a file")
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-000010"]
-    assert checkpoint.newest_checkpoint(tmp_path).name == "step-000010"
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-1000000"]
+    assert checkpoint.newest_checkpoint(tmp_path).name == "step-1000000"
     assert capsys.readouterr().out == ""
 
-    file = tmp_path / "step-000010" / "training_state" / "rank-00000-of-00001.safetensors"
+    file = tmp_path / "step-1000000" / "training_state" / "rank-00000-of-00001.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     assert checkpoint.newest_checkpoint(tmp_path).name == "step-000004"
-    assert "step-000010 is damaged and passed over: rank-00000-of-00001.safetensors does not match its checksum" in (
+    assert "step-1000000 is corrupt and skipped: rank-00000-of-00001.safetensors does not match its checksum" in (
         capsys.readouterr().out
     )
     (tmp_path / "step-000004" / "training_state" / "rank-00000-of-00001.safetensors").unlink()
     assert checkpoint.newest_checkpoint(tmp_path).name == "step-000002"
     (tmp_path / "step-000002" / "training_state" / "state.json").unlink()
-    with pytest.raises(ValueError, match="every checkpoint is damaged"):  # rather than begin anew, unasked
+    with pytest.raises(ValueError, match="every checkpoint is corrupt"):  # rather than begin anew, unasked
         checkpoint.newest_checkpoint(tmp_path)
 
 
@@ -101,9 +101,9 @@ def test_a_damaged_state_file_is_recognised(tmp_path, capsys, old, new):
     text = file.read_text()
     assert old in text and checkpoint.newest_checkpoint(tmp_path) == path
     file.write_text(text.replace(old, new))
-    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+    with pytest.raises(ValueError, match="every checkpoint is corrupt"):
         checkpoint.newest_checkpoint(tmp_path)
-    assert "step-000012 is damaged and passed over: " in capsys.readouterr().out
+    assert "step-000012 is corrupt and skipped: " in capsys.readouterr().out
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path):
@@ -147,3 +147,13 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     pair = trained(seed=2)
     path = save_checkpoint(tmp_path, *pair, None, {"step": 3}, torch.float32)
     assert same_weights(load_pretrained(path), pair[0])
+
+
+def test_what_was_moved_aside_is_restored_or_removed(tmp_path):
+    """A process was killed between the two renames of replace_directory, or before the removal that follows them."""
+    for name in ("best.replaced", "final.replaced", "final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+    checkpoint.remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["best.replaced", "final"]
+    assert sorted(os.listdir(tmp_path)) == ["best", "final"]

@@ -254,7 +254,7 @@ def test_a_damaged_cache_is_named(tmp_path, tokenizer, damage):
     load(path, tokenizer, SFT)
     (cache,) = caches(path)
     cache.write_bytes(cache.read_bytes()[:-3] if damage is None else damage)
-    with pytest.raises(ValueError, match="tokens-[0-9a-f]{16}.safetensors is damaged.*delete it"):
+    with pytest.raises(ValueError, match="tokens-[0-9a-f]{16}.safetensors is corrupt.*delete it"):
         load(path, tokenizer, SFT)
 
 

@@ -33,8 +33,8 @@ EXAMPLES, BATCH_SIZE = 20, 8  # three steps an epoch, the last of 4 examples
 SETTINGS = {"batch-size": BATCH_SIZE, "epochs": 2, "lr": 1e-3, "save-every": 2, "keep-checkpoints": 0,
             "max-grad-norm": 0.5}
 STEPS = 6
-FIELDS = ["step", "epoch", "loss", "chosen_logp", "rejected_logp", "margin", "reward_accuracy", "grad_norm", "lr",
-          "lr_grad_norm", "tokens", "tokens_per_second", "peak_memory_gib", "seconds", "skipped"]
+FIELDS = ["step", "epoch", "loss", "chosen_logp", "rejected_logp", "margin", "reward_accuracy", "reference_gap",
+          "grad_norm", "lr", "lr_grad_norm", "tokens", "tokens_per_second", "peak_memory_gib", "seconds", "skipped"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -252,6 +252,7 @@ def test_metrics_have_every_field_of_every_step(place, method):
     rows = metrics(place / "one" / method)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and [row["epoch"] for row in rows] == [0] * 3 + [1] * 3
     absent = {"rejected_logp", "margin", "reward_accuracy"} if method == "sft" else set()
+    absent |= {"reference_gap"} if method != "dpo" else set()
     for row in rows:
         assert list(row) == [key for key in FIELDS if key not in absent]
         assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
@@ -351,39 +352,77 @@ def test_held_out_rows_are_measured_at_every_save_unless_asked_otherwise(place, 
     assert list(measured(tmp_path / "run")) == [0, 2, 4, 6]
 
 
-CURVES = {  # held-out (chosen LogPS, margin) at steps 0, 2, 4, 6 -> steps kept with --keep-checkpoints 1
-    "the largest margin": ([(-1.0, 0.0), (-1.1, 0.3), (-1.2, 0.2), (-1.3, 0.1)], [2, 6]),
-    "a collapsed one is none": ([(-1.0, 0.0), (-1.1, 0.1), (-2.6, 0.9), (-1.2, 0.05)], [2, 6]),
-    "all have collapsed": ([(-1.0, 0.0), (-3.0, 0.3), (-4.0, 0.5), (-5.0, 0.7)], [6]),
-    "not a number": ([(-1.0, 0.0), (-1.1, 0.1), (math.nan, math.nan), (math.nan, math.nan)], [2, 6]),
+CURVES = {  # held-out (chosen LogPS, margin) at steps 0, 2, 4, 6 -> the best step
+    "the largest margin": ([(-1.0, 0.0), (-1.1, 0.3), (-1.2, 0.2), (-1.3, 0.1)], 2),
+    "the last": ([(-1.0, 0.0), (-1.1, 0.3), (-1.2, 0.2), (-1.3, 0.4)], 6),
+    "a collapsed one is none": ([(-1.0, 0.0), (-1.1, 0.1), (-2.6, 0.9), (-1.2, 0.05)], 2),
+    "all have collapsed": ([(-1.0, 0.0), (-3.0, 0.3), (-4.0, 0.5), (-5.0, 0.7)], None),
+    "not a number": ([(-1.0, 0.0), (-1.1, 0.1), (math.nan, math.nan), (math.nan, math.nan)], 2),
 }
 
 
 @pytest.mark.parametrize("curve", CURVES)
-def test_the_best_checkpoint_is_not_one_that_has_collapsed(place, held_out, tmp_path, curve, capsys):
-    values, kept = CURVES[curve]
+def test_the_best_evaluation_is_kept_and_is_none_that_has_collapsed(place, held_out, tmp_path, curve, capsys):
+    values, best = CURVES[curve]
     rows = iter([{"eval_chosen_logp": chosen, "eval_rejected_logp": chosen - margin, "eval_margin": margin}
                  for chosen, margin in values])
-    run = arguments(place, "redi", tmp_path / "run", eval_data=held_out / "pairs.jsonl", keep_checkpoints=1)
-    with mock.patch.object(train.dataset_logps, "held_out", lambda *_: next(rows)):
+    run = arguments(place, "redi", tmp_path / "run", eval_data=held_out / "pairs.jsonl", eval_every=2, save_every=3)
+    with mock.patch.object(train.dataset_logps, "held_out", lambda *_, **__: next(rows)):
         with train_jobs.signal_at(3), pytest.raises(SystemExit):
             train.main(run)
-        train.main([*run, "--resume"])  # what was measured before counts on
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == [f"step-{step:06d}" for step in kept]
+        train.main([*run, "--resume"])  # earlier evaluations count
+    assert [row["best_step"] for row in measured(tmp_path / "run").values() if row["step"]][-1] == best
+    assert (tmp_path / "run" / "best").is_dir() == (best is not None)
+    if best:
+        saved = place / "one" / "redi" / f"step-{best:06d}" / "model.safetensors"
+        assert (tmp_path / "run" / "best" / "model.safetensors").read_bytes() == saved.read_bytes()
+        load_pretrained(tmp_path / "run" / "best")
     out = capsys.readouterr().out
     if curve == "a collapsed one is none":
-        assert "step 2: held-out margin 0.1000, chosen LogPS -0.100 since the start: the best checkpoint so far" in out
-        about = "step 4: held-out margin 0.9000, chosen LogPS -1.600 since the start"
-        assert f"{about}, a loss of more than 1.5: not a" in out
-        assert out.count("best checkpoint so far") == 1
+        assert "step 2: held-out margin 0.1000, chosen LogPS -0.100 since the start: the best so far" in out
+        assert "step 4: held-out margin 0.9000, chosen LogPS -1.600 since the start, a loss of more than 1.5" in out
+        assert out.count("the best so far") == 1
 
 
-def test_sft_keeps_the_checkpoint_whose_held_out_responses_are_likeliest(place, held_out, tmp_path):
+def test_the_best_of_sft_has_the_likeliest_held_out_responses(place, held_out, tmp_path):
     rows = iter([{"eval_chosen_logp": value} for value in (-3.0, -1.0, -2.0, -2.5)])
-    with mock.patch.object(train.dataset_logps, "held_out", lambda *_: next(rows)):
-        changes = {"eval_data": held_out / "positives.jsonl", "keep_checkpoints": 1}
-        train.main(arguments(place, "sft", tmp_path / "run", **changes))
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-000002", "step-000006"]
+    with mock.patch.object(train.dataset_logps, "held_out", lambda *_, **__: next(rows)):
+        train.main(arguments(place, "sft", tmp_path / "run", eval_data=held_out / "positives.jsonl"))
+    assert measured(tmp_path / "run")[6]["best_step"] == 2
+    train.main(arguments(place, "redi", tmp_path / "run", overwrite=True, steps=1, epochs=None))
+    assert not (tmp_path / "run" / "best").exists()
+
+
+def test_a_best_that_cannot_be_written_leaves_the_one_before(place, held_out, tmp_path, capsys):
+    rows = iter([{"eval_chosen_logp": value} for value in (-3.0, -2.0, -1.0, -1.5)])
+    save, failed = checkpoint.save_pretrained, []
+
+    def failing(model, directory, *rest):
+        if directory.name == "best.partial" and (tmp_path / "run" / "best").exists() and not failed:
+            failed.append(True)
+            raise OSError(28, "No space left on device")
+        save(model, directory, *rest)
+
+    with (mock.patch.object(train.dataset_logps, "held_out", lambda *_, **__: next(rows)),
+          mock.patch.object(checkpoint, "save_pretrained", failing)):
+        train.main(arguments(place, "sft", tmp_path / "run", eval_data=held_out / "positives.jsonl"))
+    assert "not saved: [Errno 28]" in capsys.readouterr().out
+    assert [row["best_step"] for row in measured(tmp_path / "run").values() if row["step"]] == [2, 2, 6]
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+@pytest.mark.parametrize("data", ["changed", None])
+def test_other_held_out_rows_are_refused_when_a_run_is_resumed(place, held_out, tmp_path, data):
+    run = arguments(place, "redi", tmp_path / "run", eval_data=held_out / "pairs.jsonl")
+    with train_jobs.signal_at(3), pytest.raises(SystemExit):
+        train.main(run)
+    if data:
+        rows = (held_out / "pairs.jsonl").read_text().splitlines(keepends=True)
+        (held_out / "pairs.jsonl").write_text("".join(rows[1:]))
+    else:
+        run = arguments(place, "redi", tmp_path / "run")
+    with pytest.raises(ValueError, match="--eval-data .*changed"):
+        train.main([*run, "--resume"])
 
 
 # DPO's reference
@@ -407,7 +446,7 @@ def test_dpo_begins_at_ln_2_and_keeps_its_reference(place, tmp_path, capsys):
 
     new, = now - set(files)
     new.write_bytes(new.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="pairs.jsonl.reference-.* is damaged .*delete it, and it is made again"):
+    with pytest.raises(ValueError, match="pairs.jsonl.reference-.* is corrupt .*delete it"):
         train.main(arguments(place, "dpo", tmp_path / "damaged", model=other, steps=1, epochs=None))
     new.unlink()
 
@@ -433,7 +472,7 @@ def test_stopped_and_resumed_in_one_process_is_the_uninterrupted_run(place, tmp_
     assert same_run(place / "one" / "redi", tmp_path / "run")
     before = weights(tmp_path / "run")
     train.main(run)
-    assert "final is there already: nothing to do" in capsys.readouterr().out and weights(tmp_path / "run") == before
+    assert "final exists: nothing to do" in capsys.readouterr().out and weights(tmp_path / "run") == before
 
 
 def test_resumed_with_another_number_of_processes(place, two, tmp_path):
@@ -458,7 +497,7 @@ def test_training_state_moves_between_one_and_two_processes_bitwise(place, two, 
 
 def test_changed_settings_and_other_runs_are_refused_on_every_rank(place, two):
     assert two["bad data"] == [f"ValueError: {place}/absent.jsonl: no such data file"] * 2
-    assert all("holds another run" in outcome for outcome in two["other run"])
+    assert all("contains another run" in outcome for outcome in two["other run"])
 
 
 def test_overwriting_replaces_the_whole_run(place, tmp_path):
@@ -470,50 +509,13 @@ def test_overwriting_replaces_the_whole_run(place, tmp_path):
     assert (tmp_path / "run" / "notes.txt").exists()  # what is not a run's is left alone
 
 
-def test_a_restarted_worker_goes_on_although_overwriting_was_asked(place, tmp_path, monkeypatch):
-    run = arguments(place, "redi", tmp_path / "run", overwrite=True)
-    with train_jobs.signal_at(3), pytest.raises(SystemExit):
-        train.main(run)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    train.main(run)
-    assert same_run(place / "one" / "redi", tmp_path / "run")
-
-
-BUSY = """
-import signal, torch
-from redi.training.run import catching_signals
-with catching_signals() as received:
-    print("ready", flush=True)
-    torch.linalg.eigvals(torch.randn(6000, 6000))  # minutes in one call, during which no Python handler runs
-"""
-
-
-def test_a_second_signal_ends_a_long_product_at_once_but_the_same_one_again_does_not(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, env=environment(), cwd=ROOT)
-    assert process.stdout.readline() == b"ready\n"
-    time.sleep(2)  # into the product
-    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-        process.send_signal(number)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(3)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-
-
-def test_signals_are_left_as_they_were():
-    handler = signal.getsignal(signal.SIGTERM)
-    with run_module.catching_signals() as received:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM]
-    assert signal.getsignal(signal.SIGTERM) is handler and signal.set_wakeup_fd(-1) == -1
-
-
 def test_a_run_of_the_first_version_goes_on(place, held_out, tmp_path):
     """Its record names every method's settings and none that came later; its state lacks the held-out start."""
     run = tmp_path / "run"
     cut_back(place / "one" / "dpo", run, step=4)
     record = json.loads((run / "run.json").read_text())
     record["settings"] |= {"alpha": "0.8", "gamma": "1.0", "loss_on_prompt": "False", "gradient_checkpointing": "True"}
+    del record["model_digest"], record["eval_data_digest"]
     for key in ("label_smoothing", "append_end_of_text", "weight_decay"):  # as if these had come later
         del record["settings"][key]
     (run / "run.json").write_text(json.dumps(record, indent=2))
@@ -606,7 +608,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_leftovers_are_cleaned(place, tm
     (run / "final.partial").mkdir()
     train.main(arguments(place, "redi", run, resume=True))
     out = capsys.readouterr().out
-    assert "step-000004 is damaged and passed over: rank-00000-of-00001.safetensors does not match" in out
+    assert "step-000004 is corrupt and skipped: rank-00000-of-00001.safetensors does not match" in out
     assert "from step 2" in out and not list(run.glob("*.partial"))
     assert same_run(place / "one" / "redi", run)
 
@@ -650,9 +652,9 @@ def test_files_that_may_not_grow(place, tmp_path, capsys):
             train.main([*run, "--resume"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "checkpoint of step 4 not saved, going on without it: cannot write" in capsys.readouterr().out
+    assert "the checkpoint of step 4 is not saved: cannot write" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == saved
-    assert sorted(os.listdir(tmp_path / "run")) == ["metrics.jsonl", "run.json", "step-000002"]
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", "metrics.jsonl", "run.json", "step-000002"]
     train.main([*run, "--resume"])
     assert same_run(place / "one" / "redi", tmp_path / "run")
 
@@ -722,9 +724,9 @@ def test_a_skipped_update_leaves_the_weights_and_moments_alone(place, tmp_path):
     """A run whose third step is skipped saves, before and after it, the same weights and moments."""
     method, calls = train.METHODS["redi"], []
 
-    def spoil(*args):
+    def spoil(*args, **flags):
         calls.append(1)
-        losses = method.losses(*args)
+        losses = method.losses(*args, **flags)
         return losses * math.inf if len(calls) == 3 else losses
 
     with mock.patch.dict(train.METHODS, redi=dataclasses.replace(method, losses=spoil)):
@@ -833,16 +835,16 @@ def test_a_missing_tensorboard_is_said_before_anything_is_written(place, tmp_pat
     ("simpo", "a smaller --lr or another --beta or another --gamma may help"),
     ("dpo", "a smaller --lr or another --beta or another --label-smoothing may help"),
 ])  # fmt: skip
-def test_a_collapse_names_the_knobs_of_the_method_in_use(place, tmp_path, capsys, method, advice):
-    with mock.patch.object(run_module.monitor, "watch", side_effect=[None, "step 2: collapse?", None]):
+def test_a_collapse_names_the_flags_of_the_method_in_use(place, tmp_path, capsys, method, advice):
+    with mock.patch.object(run_module, "watch", side_effect=[None, "step 2: collapse?", None]):
         train.main(arguments(place, method, tmp_path / "run", steps=3, epochs=None))
     assert f"\nstep 2: collapse?; {advice}\n" in capsys.readouterr().out
 
 
-def test_a_collapse_of_a_method_without_knobs(place, tmp_path, capsys):
+def test_a_collapse_of_a_method_without_flags(place, tmp_path, capsys):
     method = dataclasses.replace(train.METHODS["redi"], flags={}, losses=lambda logps, *_: -logps.chunk(2)[0])
     with (mock.patch.dict(train.METHODS, plain=method),
-          mock.patch.object(run_module.monitor, "watch", side_effect=["step 1: collapse?"])):
+          mock.patch.object(run_module, "watch", side_effect=["step 1: collapse?"])):
         train.main(arguments(place, "plain", tmp_path / "run", steps=1, epochs=None))
     assert "\nstep 1: collapse?; a smaller --lr may help\n" in capsys.readouterr().out
 

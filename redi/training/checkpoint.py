@@ -1,15 +1,12 @@
-"""Training state: committed by one rename, resumed exactly, at any number of ranks.
+"""Atomic checkpoints, resumed exactly at any world size.
 
 OUTPUT/step-000123/ is a model directory with a folder training_state/ in it: rank-00000-of-00002.safetensors
 (that rank's rows of every parameter and AdamW moment, its RNG state) and state.json (step, counters, checksums
-of those files and of itself). It appears under its name when every byte of it is on disk; anything else is the
-leftover of an interrupted save. Nothing here is a pickle.
+of those files and of itself). It is renamed to that name once all of it is on disk. Nothing in it is a pickle.
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +14,9 @@ from pathlib import Path
 import torch
 
 from redi.distributed import all_gather_object, local_tensor, print_rank0, rank, run_on_ranks, world_size
-from redi.files import error_context, file_digest, fsync, naming, read_json, write_json
+from redi.files import (
+    error_context, file_digest, fsync, make_directory, naming, read_json, remove, replace_directory, write_json,
+)  # fmt: skip
 from redi.hub.weights import chunk_rows, local_rows, open_safetensors, save_pretrained, save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -26,7 +25,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def save_checkpoint(output: Path, model, optimizer, tokenizer, state: dict, dtype: torch.dtype) -> Path:
     """Write OUTPUT/step-NNNNNN for state["step"]. All ranks call. Returns the path.
 
-    Raises OSError, on every rank alike, where any rank cannot write; no committed checkpoint is touched then.
+    Raises OSError on every rank if any rank cannot write; earlier checkpoints are untouched then.
     """
 
     def write(partial: Path) -> None:
@@ -46,54 +45,51 @@ def save_checkpoint(output: Path, model, optimizer, tokenizer, state: dict, dtyp
         digests = all_gather_object(run_on_ranks(True, write_rows))
         save_pretrained(model, partial, tokenizer, dtype)
         updates = [int(moments["step"].item()) for moments in optimizer.state.values()]
-        whole_state = {
+        full_state = {
             **state,
             "updates": updates[0] if updates else 0,
             "world_size": world_size(),
             "sha256": {_rank_file(r, world_size()): digest for r, digest in enumerate(digests)},
         }
-        whole_state["digest"] = _state_digest(whole_state)
-        run_on_ranks(rank() == 0, lambda: write_json(folder / "state.json", whole_state) or fsync(folder))
+        full_state["digest"] = _state_digest(full_state)
+
+        def write_state() -> None:
+            for name in full_state["sha256"]:
+                if not (folder / name).is_file():
+                    raise OSError(f"{folder / name} is missing: do all machines share {output}?")
+            write_json(folder / "state.json", full_state)
+            fsync(folder)
+
+        run_on_ranks(rank() == 0, write_state)
 
     return _commit(output / step_name(state["step"]), write)
 
 
-def save_final(output: Path, model, tokenizer, dtype: torch.dtype) -> Path:
-    """Write the model directory OUTPUT/final. All ranks call. Raises OSError as save_checkpoint does."""
-    return _commit(output / "final", lambda partial: save_pretrained(model, partial, tokenizer, dtype))
+def save_model(path: Path, model, tokenizer, dtype: torch.dtype) -> Path:
+    """Write a model directory (OUTPUT/final, OUTPUT/best), replacing an earlier one. All ranks call. Raises OSError as
+    save_checkpoint does."""
+    return _commit(path, lambda partial: save_pretrained(model, partial, tokenizer, dtype))
 
 
 def _commit(path: Path, write: Callable[[Path], None]) -> Path:
-    """Let write(partial) fill a directory beside `path`; then rename it to `path`, once all of it is on disk."""
+    """Call write(partial) to fill a directory beside `path`, then rename it to `path`."""
     partial = path.with_name(f"{path.name}.partial")
-
-    def begin():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    def rename():
-        fsync(partial)
-        if path.exists():
-            shutil.rmtree(path)
-        os.rename(partial, path)
-        fsync(path.parent)
-
-    run_on_ranks(rank() == 0, begin)
+    run_on_ranks(rank() == 0, lambda: remove(partial) or make_directory(partial))
     try:
         with naming(path):
             write(partial)
     except OSError:
-        if rank() == 0:  # gives a full disk its space back
-            shutil.rmtree(partial, ignore_errors=True)
+        if rank() == 0:  # frees the space on a full disk
+            remove(partial)
         raise
-    run_on_ranks(rank() == 0, rename)
+    run_on_ranks(rank() == 0, lambda: fsync(partial) or replace_directory(partial, path))
     return path
 
 
 def load_checkpoint(path: Path, model, optimizer) -> dict:
     """Restore parameters, AdamW moments and RNG from a step directory, at any world size. Returns state.json.
 
-    The optimiser's state is created where it is empty. Bitwise exact.
+    Creates the optimiser's state. Bitwise exact.
     """
     state = read_json(path / "training_state" / "state.json")
     saved_ranks = state["world_size"]
@@ -102,7 +98,7 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
 
     @torch.no_grad()
     def restore(target: torch.Tensor, key: str) -> None:
-        """Fill this rank's rows from whichever saved ranks hold them."""
+        """Fill this rank's rows from the files of the saved ranks that hold them."""
         rows = local_rows(target)
         for saved_rank, file in enumerate(files):
             saved = chunk_rows(target.shape[0], saved_rank, saved_ranks)
@@ -124,19 +120,19 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The newest step directory whose files are whole; None where there is none. All ranks get the same answer.
+    """The newest intact checkpoint, the same on all ranks; None where there is none. Corrupt ones are reported and
+    skipped.
 
-    A damaged one is named on the screen and passed over; a leftover of an interrupted save is no candidate.
-    Raises ValueError where all of them are damaged: to begin anew is not for a resumption to decide.
+    Raises ValueError where all are corrupt: whether to start over is the user's decision.
     """
-    found = checkpoints(output)
-    for path in reversed(found):
-        problems = [problem for problem in all_gather_object(_damage(path)) if problem]
+    found = all_gather_object(list(map(str, checkpoints(output))))[0]
+    for path in map(Path, reversed(found)):
+        problems = [problem for problem in all_gather_object(_corruption(path)) if problem]
         if not problems:
             return path
-        print_rank0(f"{path} is damaged and passed over: {problems[0]}")
+        print_rank0(f"{path} is corrupt and skipped: {problems[0]}")
     if found:
-        raise ValueError(f"{output}: every checkpoint is damaged; --overwrite begins anew")
+        raise ValueError(f"{output}: every checkpoint is corrupt; --overwrite starts over")
     return None
 
 
@@ -144,22 +140,28 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def checkpoints(output: Path) -> list[Path]:
-    """Committed step directories, oldest first."""
-    if not output.is_dir():
-        return []
-    return sorted(path for path in output.iterdir() if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir())
+    """Complete step directories, oldest first."""
+    found = [path for path in output.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
 
 
 def remove_leftovers(output: Path) -> None:
     """Delete what an interrupted save left behind. For rank 0, before training."""
-    for pattern in ("*.partial", "*.partial-[0-9]*"):
+    for old in output.glob("*.replaced"):  # moved aside by replace_directory
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
+    for pattern in ("*.partial", "*.partial-[0-9]*", "*.replaced"):
         for path in output.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; each rank reads its share of them."""
+def _corruption(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, of which each rank reads its share; None if nothing is."""
     try:
         state = read_json(path / "training_state" / "state.json")
         if state.get("digest") != _state_digest(state):

@@ -1,22 +1,19 @@
-"""The life of a training run: whose directory it is, resuming, signals, skipped updates, the log, held-out values,
-when to save and what to keep. train.py calls, in this order:
+"""The life of a training run: its output directory, resuming, signals, the log, held-out values, checkpoints.
+train.py calls, in this order and on every rank:
 
-    run = Run(args, settings)            refuses a directory that holds another run
-    run.claim(dataset.digest, …)         makes the directory this run's
-    run.begin(...)                       goes to the newest checkpoint, if there is one
-    for step, batch in run.steps(...):   …; run.after_step(step + 1, metrics, …)
-    run.finish()                         writes OUTPUT/final
+    run = Run(args, settings, defaults, method_flags)   refuses an output directory with another run
+    run.prepare_output_dir(model_digest, …)             locks it, and records what the run begins with
+    run.restore(model, optimizer, …)                    loads the newest checkpoint, if there is one
+    for step, batch in run.steps(…):                    writes OUTPUT/final after the last step
+        …; run.after_step(step + 1, …)
 """
 
 import argparse
 import contextlib
 import math
-import os
 import resource
-import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,126 +23,150 @@ import torch
 from tqdm import tqdm
 
 from redi import distributed
+from redi.cli import handle_signals
 from redi.distributed import print_rank0
-from redi.files import append_row, drop_partial_line, json_line, read_json, read_jsonl, write_atomically, write_json
+from redi.files import (
+    append_row, drop_partial_line, json_line, lock_directory, read_json, read_jsonl, remove, write_atomically,
+    write_json,
+)  # fmt: skip
 from redi.hub.weights import DTYPES
 from redi.training import checkpoint
 
 WINDOW = 10  # optimiser steps of the collapse monitor's mean; single batches of the example differ by 0.2 nats
 SHOWN = ("step", "loss", "chosen_logp", "rejected_logp", "grad_norm", "lr", "tokens_per_second")
+PATHS = ("model", "data", "eval_data")  # of these the content is compared
 
 
 class Run:
-    def __init__(self, args: argparse.Namespace, settings: dict[str, str], defaults: dict[str, str], knobs: list[str]):
-        """`settings`: what a resumed run must agree in; `defaults`: what a run begun before a setting existed had;
-        `knobs`: the method's own flags.
+    def __init__(self, args: argparse.Namespace, settings: dict[str, str], defaults: dict[str, str],
+                 method_flags: list[str]):
+        """args: the command line; settings: what a resumed run must agree in; defaults: the values of settings that
+        did not exist when a run was begun; method_flags: the method's own.
 
-        Every rank calls. Raises ValueError where --output holds a run that is not ours to go on with.
+        Raises ValueError where the ranks have different flags, or OUTPUT contains another run.
         """
-        self.args, self.settings, self.knobs, self.output = args, settings, knobs, args.output
-        self.record = args.output / "run.json"
-        distributed.run_on_ranks(distributed.rank() == 0, lambda: self._check_directory(defaults))
+        self.args, self.settings, self.defaults, self.method_flags = args, settings, defaults, method_flags
+        self.output, self.record = args.output, args.output / "run.json"
+        distributed.agree_on_flags(args, (*PATHS, "output"))
+        restarted = distributed.is_remembered(str(self.output))  # by torchrun, after this run has begun
+        self.resume, self.overwrite = args.resume or restarted, args.overwrite and not restarted
+        self.is_finished = distributed.all_gather_object(self.resume and (self.output / "final").is_dir())[0]
+        distributed.run_on_ranks(distributed.rank() == 0, self._check_directory)
 
-    def _check_directory(self, defaults: dict[str, str]) -> None:
+    def _check_directory(self) -> None:
         if self.args.tensorboard:
             event_writer_class()
+        if self.output.is_dir() and not self.is_finished:
+            lock_directory(self.output)  # another run may be using it
         ours = self._files()
-        if ours and not self.args.resume and not self.args.overwrite:
-            raise ValueError(
-                f"{self.output} holds another run ({ours[0].name}): --resume continues it, --overwrite replaces it"
-            )
+        if ours and not self.resume and not self.overwrite:
+            raise ValueError(f"{self.output} contains another run ({ours[0].name}): --resume continues it, --overwrite "
+                             "replaces it")
         start = Path(self.args.model).resolve()
-        if self.args.overwrite and any(start.is_relative_to(path.resolve()) for path in ours):
-            raise ValueError(f"{self.args.model} is part of the run that --overwrite would replace; choose another "
+        if self.overwrite and any(start.is_relative_to(path.resolve()) for path in ours):
+            raise ValueError(f"{self.args.model} is part of the run that --overwrite would replace: choose another "
                              "--output")
-        if self.args.resume and self.record.is_file():
-            begun_with = {**defaults, **self._read_record()["settings"]}
-            for key, value in self.settings.items():
-                if begun_with[key] != value:
-                    raise ValueError(f"{self.output} was begun with --{key.replace('_', '-')} {begun_with[key]}, not "
-                                     f"{value}; a resumed run keeps its settings")
+        if self.resume and self.record.is_file():
+            record = self._read_record()
+            begun_with = {**self.defaults, **record["settings"]}
+            for name, value in self.settings.items():
+                by_content = name == "data" or name == "model" and "model_digest" in record
+                if begun_with[name] != value and not by_content:
+                    raise ValueError(f"{self.output} was begun with --{name.replace('_', '-')} {begun_with[name]}, not "
+                                     f"{value}: a resumed run keeps its settings")
 
     def _files(self) -> list[Path]:
         """What a run has left in the output directory."""
-        named = [self.output / name for name in ("run.json", "metrics.jsonl", "tensorboard", "final")]
+        named = [self.output / name for name in ("run.json", "metrics.jsonl", "tensorboard", "best", "final")]
         return [path for path in named if path.exists()] + checkpoint.checkpoints(self.output)
 
     def _read_record(self) -> dict:
-        """run.json: {"settings": what the run was begun with, as strings, "data_digest": that of its token ids}."""
+        """run.json: {"settings": as text by name, "model_digest", "data_digest", "eval_data_digest"}. The last two are
+        of token ids; runs begun by earlier versions lack the first and the last."""
         try:
             record = read_json(self.record)
-            return {"settings": dict(record["settings"]), "data_digest": str(record["data_digest"])}
+            return {**record, "settings": dict(record["settings"]), "data_digest": str(record["data_digest"])}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.record} is damaged ({error!r}); --overwrite begins anew") from None
+            raise ValueError(f"{self.record} is corrupt ({error!r}); --overwrite starts over") from None
 
-    def is_finished(self) -> bool:
-        """Whether the run that --resume asks for has ended. As rank 0 sees it."""
-        return distributed.all_gather_object(self.args.resume and (self.output / "final").is_dir())[0]
+    def prepare_output_dir(self, model_digest: str, data_digest: str, eval_data_digest: str | None) -> None:
+        """Lock the output directory and record what the run begins with. The digests are those of the initial model's
+        weights, and of the token ids of --data and --eval-data."""
+        digests = {"model": model_digest, "data": data_digest, "eval_data": eval_data_digest}
+        distributed.agree({f"--{name.replace('_', '-')} (SHA-256)": digest for name, digest in digests.items()})
+        if data_digest == eval_data_digest:
+            raise ValueError(f"{self.args.eval_data} contains the rows of {self.args.data}: --eval-data is for rows "
+                             "that are not trained on")
+        distributed.lock_output(self.output)
 
-    def claim(self, data_digest: str, eval_digest: str | None) -> None:
-        """Make the output directory this run's, and write down its settings. Every rank calls.
-
-        The digests are those of the token ids of --data and --eval-data.
-        """
-
-        def write() -> None:
-            if data_digest == eval_digest:
-                raise ValueError(f"{self.args.eval_data} holds the rows of {self.args.data}: --eval-data is for rows "
-                                 "that are not trained on")
-            if self.args.resume and self.record.is_file() and self._read_record()["data_digest"] != data_digest:
-                raise ValueError(f"{self.args.data} or the tokenizer has changed since the run in {self.output} was "
-                                 "begun")
-            self.output.mkdir(parents=True, exist_ok=True)
-            if self.args.overwrite:
-                for path in self._files():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        def prepare() -> None:
+            self._check_directory()  # again: the lock may have been another run's
+            record = self._read_record() if self.resume and self.record.is_file() else {}
+            for name, digest in digests.items():
+                if record.get(f"{name}_digest") not in (None, digest):
+                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self.args, name)} or its tokenizer has "
+                                     f"changed since the run in {self.output} was begun")
+            for path in self._files() if self.overwrite else ():
+                remove(path)
             checkpoint.remove_leftovers(self.output)
-            write_json(self.record, {"settings": self.settings, "data_digest": data_digest})
+            write_json(self.record, {"settings": self.settings, **{f"{name}_digest": d for name, d in digests.items()}})
+            distributed.remember(str(self.output))
 
-        distributed.run_on_ranks(distributed.rank() == 0, write)
+        distributed.run_on_ranks(distributed.rank() == 0, prepare)
 
-    def begin(self, model, optimizer, tokenizer, held_out: Callable[[], dict[str, float]] | None) -> None:
-        """Load the newest checkpoint, if --resume asks for it and there is one. Every rank calls.
+    def restore(self, model, optimizer, tokenizer, held_out: Callable[[], dict[str, float]] | None) -> None:
+        """Load the newest checkpoint, if the run is resumed and there is one.
 
-        held_out: measures the current weights on --eval-data: eval_chosen_logp and, of pairs, eval_rejected_logp
-        and eval_margin; None without such data.
+        held_out: evaluates the current weights on --eval-data (None without it): eval_chosen_logp and, of pairs,
+        eval_rejected_logp and eval_margin. Raises ValueError where --stop-on-collapse has ended the run.
         """
         self.model, self.optimizer, self.tokenizer, self.held_out = model, optimizer, tokenizer, held_out
+        self.dtype = DTYPES[self.args.dtype]
         self.state = {
-            "step": 0, "skipped": 0, "skipped_in_a_row": 0, "collapse": new_history(),
+            "step": 0, "skipped": 0, "skipped_in_a_row": 0, "collapse": new_history(), "stopped": None,
             "best_step": None, "best_margin": None, "held_out_start": None,
         }
-        if self.args.resume and (newest := checkpoint.newest_checkpoint(self.output)):
+        if self.resume and (newest := checkpoint.newest_checkpoint(self.output)):
             self.state.update(checkpoint.load_checkpoint(newest, model, optimizer))
+        if self.state["stopped"] and self.args.stop_on_collapse:
+            raise ValueError(self.state["stopped"])
+        best = self.output / "best"
+        if self.state["best_step"] and not distributed.all_gather_object(best.is_dir())[0]:
+            print_rank0(f"{best} is missing: the best of the remaining evaluations will be kept there")
+            self.state.update(best_step=None, best_margin=None)
         path, step = self.output / "metrics.jsonl", self.state["step"]
         self.log = distributed.run_on_ranks(distributed.rank() == 0, lambda: MetricsLog(path, step))
         show = self.args.tensorboard and distributed.rank() == 0
         self.events = distributed.run_on_ranks(show, lambda: EventFiles(self.output / "tensorboard", step))
         if held_out and self.state["held_out_start"] is None:
-            values = self._measure()
+            values = held_out()
+            self.state["held_out_start"] = values["eval_chosen_logp"]
             if step == 0:
                 self._write_log({"step": 0, **values})
 
     def steps(self, total_steps: int, make_batch: Callable[[int], object]) -> Iterator[tuple[int, object]]:
-        """(step from 0, make_batch(step)) of the steps still to do. Batches are made in a thread one step ahead,
-        while the device is at work. Meanwhile SIGTERM and SIGINT end the run after the step under way."""
-        self.total_steps, first = total_steps, self.state["step"]
+        """Yields (step from 0, make_batch(step)) of the remaining steps, then writes OUTPUT/final. A thread makes each
+        batch one step ahead. A signal meanwhile ends the run after the current step, or after that write."""
+        self.total_steps, self.signals, first = total_steps, [], self.state["step"]
         bar = tqdm(range(first, total_steps), self.args.method, total_steps, initial=first, unit="step",
                    disable=distributed.hide_bar())
-        with catching_signals() as self.signals, ThreadPoolExecutor(1) as pool:
-            coming = None
+        with handle_signals(self.signals.append), ThreadPoolExecutor(1) as pool:
+            following = None
             for step in bar:
                 self.started = time.perf_counter()
-                ready = coming or pool.submit(make_batch, step)
-                coming = pool.submit(make_batch, step + 1) if step + 1 < total_steps else None
-                yield step, ready.result()
+                batch = following or pool.submit(make_batch, step)
+                following = pool.submit(make_batch, step + 1) if step + 1 < total_steps else None
+                yield step, batch.result()
+            print_rank0(f"wrote {self._write_model('final')}")
+            if distributed.any_rank(bool(self.signals)):
+                raise SystemExit(self._signal_status())
 
     def after_step(self, step: int, epoch: int, metrics: dict[str, float], lines, updated: bool) -> None:
-        """All that follows an update: the log, the watch over skipped updates and collapse, held-out values, a
-        checkpoint, and the end of the run where it was asked for. Every rank calls.
+        """Everything that follows an update: the log, skipped updates, held-out evaluation, the collapse monitor,
+        checkpoints, and stopping early.
 
         step: from 1; metrics: by name, "tokens" among them; lines: those of the batch in --data;
-        updated: False where a loss or gradient was not finite and the update was skipped.
+        updated: False where the update was skipped, because the loss or the gradient is not finite.
         """
         args, state = self.args, self.state
         seconds = time.perf_counter() - self.started
@@ -157,36 +178,34 @@ class Run:
             "step": step, "epoch": epoch, **metrics, "tokens": tokens, "tokens_per_second": tokens / seconds,
             "peak_memory_gib": peak_memory(), "seconds": seconds, "skipped": state["skipped"],
         }
-        saving = bool(args.save_every) and step % args.save_every == 0
         if self.held_out and (step % args.eval_every == 0 or step == self.total_steps):
-            values = self._measure()
-            metrics |= values
-            if saving:
-                self._consider_best(values)
+            values = self.held_out()
+            self._consider_best(values)
+            metrics |= {**values, "best_step": state["best_step"]}
         metrics = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
         self._write_log(metrics)
         if step == 1 or step % args.log_every == 0:
             print_rank0("  ".join(f"{key} {metrics[key]:.5g}" for key in SHOWN if metrics.get(key) is not None))
         if not updated:
             self._report_skipped(lines)
-        collapsing = watch(state["collapse"], metrics, args.collapse_threshold)
-        if collapsing:
-            remedies = ["a smaller --lr", *(f"another {knob}" for knob in self.knobs)]
-            print_rank0(f"{collapsing}; {' or '.join(remedies)} may help")
-        ending = collapsing and args.stop_on_collapse
+        warning = watch(state["collapse"], metrics, args.collapse_threshold)
+        if warning:
+            print_rank0(f"{warning}; {' or '.join(['a smaller --lr', *(f'another {f}' for f in self.method_flags)])} "
+                        "may help")
+        if warning and args.stop_on_collapse:
+            state["stopped"] = f"stopped after step {step}, as --stop-on-collapse asks"
         stopping = distributed.any_rank(bool(self.signals))
-        if saving or stopping or ending:
-            self._save()
-        if ending:
-            raise ValueError(f"stopped after step {step}, as --stop-on-collapse asks")
+        if stopping or state["stopped"] or args.save_every and step % args.save_every == 0:
+            self._save_checkpoint()
+        if state["stopped"]:
+            raise ValueError(state["stopped"])
         if stopping:
-            how = "" if args.resume else " with --resume"
-            print_rank0(f"stopped after step {step} of {self.total_steps}: run the same command{how} to continue")
-            raise SystemExit(128 + (self.signals[0] if self.signals else signal.SIGTERM))
+            flag = "" if args.resume else " with --resume"
+            print_rank0(f"stopped after step {step} of {self.total_steps}: run the same command{flag} to continue")
+            raise SystemExit(self._signal_status())
 
-    def finish(self) -> None:
-        """Write OUTPUT/final. Every rank calls."""
-        print_rank0(f"wrote {checkpoint.save_final(self.output, self.model, self.tokenizer, DTYPES[self.args.dtype])}")
+    def _signal_status(self) -> int:
+        return 128 + (self.signals[0] if self.signals else signal.SIGTERM)
 
     def _write_log(self, metrics: dict) -> None:
         for log in filter(None, (self.log, self.events)):
@@ -201,101 +220,70 @@ class Run:
         if state["skipped_in_a_row"] > self.args.max_skipped:
             raise ValueError(f"{state['skipped_in_a_row']} updates in a row had a loss or gradient that is not finite")
 
-    def _measure(self) -> dict[str, float]:
-        values = self.held_out()
-        if self.state["held_out_start"] is None:
-            self.state["held_out_start"] = values["eval_chosen_logp"]
-        return values
+    def _write_model(self, name: str) -> Path:
+        return checkpoint.save_model(self.output / name, self.model, self.tokenizer, self.dtype)
 
     def _consider_best(self, values: dict[str, float]) -> None:
-        """The best checkpoint has the largest held-out margin (SFT: the likeliest responses) among those whose
-        chosen LogPS has lost no more than --collapse-threshold: margins alone prefer models that have collapsed."""
-        state, step = self.state, self.state["step"]
+        """OUTPUT/best has the largest held-out margin (SFT: chosen LogPS) among the evaluations whose chosen LogPS is
+        at most --collapse-threshold below that of the initial model: the margin alone prefers collapsed models."""
+        state, step, threshold = self.state, self.state["step"], self.args.collapse_threshold
         name = "eval_margin" if "eval_margin" in values else "eval_chosen_logp"
-        change, threshold = values["eval_chosen_logp"] - state["held_out_start"], self.args.collapse_threshold
-        about = f"step {step}: held-out {name.removeprefix('eval_')} {values[name]:.4f}, chosen LogPS {change:+.3f}"
+        change = values["eval_chosen_logp"] - state["held_out_start"]
+        about = f"step {step}: held-out {name.removeprefix('eval_')} {values[name]:.4f}, chosen LogPS {change:+.3f} " \
+                "since the start"
         if not change >= -threshold:
-            print_rank0(f"{about} since the start, a loss of more than {threshold:g}: not a candidate for the best "
-                        "checkpoint")
+            print_rank0(f"{about}, a loss of more than {threshold:g}: not a candidate for {self.output / 'best'}")
         elif state["best_step"] is None or values[name] > state["best_margin"]:
+            try:
+                best = self._write_model("best")
+            except OSError as error:
+                return print_rank0(f"warning: {about}, the best so far, but not saved: {error}")
             state.update(best_step=step, best_margin=values[name])
-            print_rank0(f"{about} since the start: the best checkpoint so far")
+            print_rank0(f"{about}: the best so far, kept as {best}")
 
-    def _save(self) -> None:
-        """Commit a checkpoint, then let go of the oldest, but never of the best on held-out rows.
-
-        Where it cannot be written, say so and train on; the next one is tried again.
-        """
-        state, keep = self.state, self.args.keep_checkpoints
+    def _save_checkpoint(self) -> None:
+        """Write a checkpoint and delete the oldest. If it cannot be written, warn and continue training."""
         try:
-            saved = checkpoint.save_checkpoint(
-                self.output, self.model, self.optimizer, self.tokenizer, state, DTYPES[self.args.dtype]
+            checkpoint.save_checkpoint(
+                self.output, self.model, self.optimizer, self.tokenizer, self.state, self.dtype
             )
         except OSError as error:
-            return print_rank0(f"checkpoint of step {state['step']} not saved, going on without it: {error}")
-        if distributed.rank() == 0 and keep:
-            # One newer than this was damaged, and passed over at --resume: it does not count.
-            good = [path for path in checkpoint.checkpoints(self.output) if path <= saved]
-            for path in good[:-keep]:
-                if state["best_step"] is None or path.name != checkpoint.step_name(state["best_step"]):
-                    shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def catching_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT are put into. One that comes a second or more after the first ends the process:
-    sooner, it is the same one again, which Slurm sends to torchrun and to its workers, and torchrun passes on."""
-    received, (reading, writing) = [], os.pipe()
-    os.set_blocking(writing, False)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def watch():  # in a thread, since handlers wait for the end of what the main thread computes
-        first = None
-        while byte := os.read(reading, 1):
-            first = first or time.monotonic()
-            if byte[0] in before and time.monotonic() - first >= 1:
-                os._exit(128 + byte[0])
-
-    for number in before:
-        signal.signal(number, lambda number, frame: received.append(number))
-    woken_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield received
-    finally:
-        signal.set_wakeup_fd(woken_before)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(writing)  # which ends the thread
+            return print_rank0(f"warning: the checkpoint of step {self.state['step']} is not saved: {error}")
+        if distributed.rank() == 0 and self.args.keep_checkpoints:
+            # A newer one was corrupt when the run was resumed: it does not count.
+            step_of, step = checkpoint.step_of, self.state["step"]
+            found = [path for path in checkpoint.checkpoints(self.output) if step_of(path) <= step]
+            for path in found[: -self.args.keep_checkpoints]:
+                with contextlib.suppress(OSError):
+                    remove(path)
 
 
 class MetricsLog:
-    """metrics.jsonl: one line a step, no gap and no repeat. For one process to write."""
+    """metrics.jsonl: one line a step, without gaps or repeats. For one process to write."""
 
     def __init__(self, path: Path, steps_done: int):
-        """Keep the lines of the first steps_done steps; drop what an interrupted run logged after its checkpoint,
-        step 0 too where there is none: it is measured again. Raises ValueError naming file and line where the steps
-        do not rise."""
+        """Keep the lines of the first steps_done steps, and drop those that an interrupted run wrote after its last
+        checkpoint, step 0 included where there is none. Raises ValueError naming file and line where steps are not in
+        ascending order."""
         self.path, self.waiting = path, []
         drop_partial_line(path)
         kept, last = [], -1
         for line, row in read_jsonl(path) if path.exists() else ():
             step = row.get("step")
             if type(step) is not int or step <= last:
-                raise ValueError(f"{path}, line {line}: step {step!r} after step {last}; mend the file, or move it "
-                                 "away to go on without its lines")
+                raise ValueError(f"{path}, line {line}: step {step!r} after step {last}; repair the file, or move it "
+                                 "away to continue without its lines")
             last = step
             if steps_done and step <= steps_done:
                 kept.append(row)
-        missing = steps_done - sum(row["step"] > 0 for row in kept)  # step 0 holds held-out values only
+        missing = steps_done - sum(row["step"] > 0 for row in kept)  # step 0 has held-out values only
         if missing > 0:
-            print(f"{path} lacks the lines of {missing} of the {steps_done} steps done")
+            print_rank0(f"{path} lacks the lines of {missing} of the {steps_done} steps done")
         with write_atomically(path) as file:
             file.writelines(map(json_line, kept))
 
     def write(self, metrics: dict) -> None:
-        """Append a line. One that cannot be written (a full disk) is said once, kept, and tried again with
-        the next."""
+        """Append a line. If that fails (full disk), warn once, keep the line, and retry with the next."""
         self.waiting.append(metrics)
         try:
             while self.waiting:
@@ -303,7 +291,7 @@ class MetricsLog:
                 self.waiting.pop(0)
         except OSError as error:
             if len(self.waiting) == 1:
-                print(f"{self.path} cannot be written ({error}); its lines are kept and tried again at each step")
+                print_rank0(f"warning: {self.path} cannot be written ({error}); retried at each step")
 
 
 def peak_memory() -> float:
@@ -315,7 +303,7 @@ def peak_memory() -> float:
 
 
 def event_writer_class():
-    """torch.utils.tensorboard.SummaryWriter. Raises ValueError where the package that it needs is not installed."""
+    """torch.utils.tensorboard.SummaryWriter. Raises ValueError where the tensorboard package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -327,14 +315,12 @@ class EventFiles:
     """For one process to write."""
 
     def __init__(self, directory: Path, steps_done: int):
-        """TensorBoard drops the points after the first steps_done steps, which an interrupted run left behind: they
-        are measured again, as step 0 is where none is done."""
+        """TensorBoard drops the points after the first steps_done steps, which an interrupted run has written."""
         self.directory = directory
         self.writer = event_writer_class()(directory, purge_step=steps_done + 1 if steps_done else 0)
 
     def write(self, metrics: dict) -> None:
-        """Add each number of a line of metrics.jsonl by its name, at its step. Where that cannot be written (a full
-        disk), say so and write no more."""
+        """Add each number of a line of metrics.jsonl under its name. If that fails (full disk), warn and stop."""
         if self.writer is None:
             return
         try:
@@ -344,26 +330,26 @@ class EventFiles:
             self.writer.flush()
         except OSError as error:
             self.writer = None
-            print(f"{self.directory} cannot be written ({error}): going on without it")
+            print_rank0(f"warning: {self.directory} cannot be written ({error}); no further events")
 
 
 def new_history() -> dict:
-    """What `watch` remembers between steps, ready for JSON: it is saved with a checkpoint."""
+    """The state of `watch`, in JSON types: it is saved with a checkpoint."""
     return {"first": None, "recent": [], "warned": False}
 
 
 def watch(history: dict, metrics: dict, threshold: float) -> str | None:
-    """The collapse monitor: does training on wrong traces take the correct ones down with it? Returns a warning, once.
+    """The collapse monitor: has the likelihood of the chosen responses collapsed? Returns a warning, once.
 
-    Pushing rejected responses away also lowers the chosen ones, a little where it works, without end where it
-    collapses (paper, Section 4). The chosen LogPS (log-prob per token) tells the two apart. In the embedded
-    example, over seeds 10 to 14, α = 0.8 at a rate of 1.5e-4 loses at most 1.05 nats, and the symmetric
-    objective at 3e-4, which collapses, 5.3 to 8.1. So the rule is: the mean of the last WINDOW steps more than
-    `threshold` nats below the first step. At the default of 1.5 nats the correct tokens' (geometric mean) probability
-    is 4.5 times smaller than it was; the collapsing runs get there between step 48 and 68 of 150.
+    Pushing rejected responses down also lowers the likelihood of the chosen ones: slightly in a stable run, without
+    bound in one that diverges (paper, Section 4). In the embedded example, over seeds 10 to 14, α = 0.8 at a learning
+    rate of 1.5e-4 loses at most 1.05 nats per token, and the symmetric objective at 3e-4, which diverges, 5.3 to 8.1.
+    The rule: the mean chosen LogPS of the last WINDOW steps is more than `threshold` below that of the first step. At
+    the default of 1.5 nats the (geometric) mean token probability is 4.5 times smaller; the diverging runs reach that
+    between steps 48 and 68 of 150.
 
-    Args: threshold in nats per token. Steps whose numbers are not finite (None) are passed over, and so is SFT,
-    which pushes nothing away.
+    Args: threshold in nats per token. Steps without finite values (None) are ignored, and so is SFT, which has no
+    rejected responses.
     """
     chosen = metrics["chosen_logp"]
     if chosen is None or "rejected_logp" not in metrics:
