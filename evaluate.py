@@ -1,15 +1,15 @@
 """Sample answers to benchmark problems and score them: pass@1 with its standard errors, and pass@k.
 
     python evaluate.py --model out/redi/final --problems math500.jsonl aime24.jsonl --output out/eval
-    torchrun --nproc-per-node 8 evaluate.py …              # the samples are spread over the processes
+    torchrun --nproc-per-node 8 evaluate.py …              # the samples are distributed over the processes
     python evaluate.py --score samples.jsonl --problems math500.jsonl
 
-Each finished sample is appended to OUTPUT/MODEL/BENCHMARK/samples.jsonl at once; the same command continues
-after an interruption, with any number of processes. The table goes to the screen and to OUTPUT/results.json.
+Each finished sample is appended to OUTPUT/MODEL/BENCHMARK/samples.jsonl at once; the same command resumes after an
+interruption, with any number of processes. The table is printed and written to OUTPUT/results.json.
 
-pass@1 is the mean over problems and samples. `± runs` (`sem` in results.json) is its standard error over the
-samples of these problems, as in the paper; `± problems` (`sem_problems`) that over problems like these.
-`boxed` is the share of responses with an answer in a box, `truncated` of those that a limit ended.
+pass@1 is the mean over problems and samples. `± runs` (`sem` in results.json) is its standard error over the samples
+of these problems, as in the paper; `± problems` (`sem_problems`) that over problems like these. `boxed` is the share
+of responses with an answer in a box, `truncated` of those that reached a limit.
 """
 
 import argparse
@@ -36,14 +36,20 @@ from redi.evaluation.generation import Request, generate
 from redi.evaluation.sample_store import SampleStore, read_responses, scored
 from redi.evaluation.sampling import sample_key
 from redi.evaluation.scoring import report, summarise
-from redi.files import file_digest, resolve_directory
+from redi.files import code_digest, file_digest, resolve_directory
 from redi.hub.config import load_config
 from redi.hub.weights import DTYPES, MODEL_FILES, check_weights, load_pretrained, weights_digest
 from redi.model import CausalLM
-from redi.problems import PROMPT_TEMPLATES, Benchmark, read_benchmark, user_message
+from redi.problems import PROMPT_TEMPLATES, Benchmark, opens_thought, read_benchmark, user_message
 from redi.tokenizer import PREFILL, TOKENIZER_FILES, Tokenizer
 
-SECONDS_BETWEEN_LINES = 30  # where there is no terminal
+SECONDS_BETWEEN_LINES = 30  # of progress where there is no terminal
+# The code that makes a sample. Its verdict is computed again at each run.
+SAMPLING_CODE = (
+    "evaluate.py", "redi/attention.py", "redi/evaluation/generation.py", "redi/evaluation/sampling.py",
+    "redi/hub/config.py", "redi/hub/weights.py", "redi/kernels.py", "redi/model.py", "redi/problems.py",
+    "redi/tokenizer.py",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,9 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     device = init_process_group()
     torch.set_num_threads(args.threads)
     try:
-        # Gloo, because ranks wait here for the longest response, and NCCL gives up after ten minutes.
+        # Gloo, because ranks wait here for the longest response, and NCCL times out after ten minutes.
         group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-        models = [Model(path, benchmarks, args, device) for path in args.model]  # before hours are spent on the first
+        models = [Model(path, benchmarks, args, device) for path in args.model]  # all are checked first
         table = [row for model in models for row in evaluate(model, args, device, group)]
         if rank() == 0:
             report(table, args.output)
@@ -71,10 +77,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Model:
-    """What must be known of a model before its weights are loaded, its prompts, and where its samples go."""
+    """A model before its weights are loaded: its tokenizer, prompts, and sample stores."""
 
     def __init__(self, path: str, benchmarks: list[Benchmark], args: argparse.Namespace, device: torch.device):
-        """Raises ValueError for an unusable model, prompts that do not fit, and samples of other settings there."""
+        """Raises ValueError for an invalid model, prompts that do not fit, and samples of other settings or code."""
         self.path, self.name = path, storage_name(path)
         self.directory = resolve_directory(path, MODEL_FILES)
         self.tokenizer = Tokenizer.from_pretrained(self.directory)
@@ -86,10 +92,9 @@ class Model:
         settings |= {key: getattr(args, key) for key in (
             "system_prompt", "prompt_template", "prefill", "temperature", "top_p", "max_new_tokens", "seed"
         )}  # fmt: skip
+        code = {name: code_digest(Path(__file__).parent / name) for name in SAMPLING_CODE}
         self.stores, self.prompts = [], []  # by benchmark; prompts: problem id -> token ids
         for benchmark in benchmarks:
-            folder = Path(args.output) / self.name / benchmark.name
-            self.stores.append(SampleStore(folder, {**settings, "data_digest": benchmark.digest}, benchmark))
             self.prompts.append({})
             for id, problem in benchmark.problems.items():
                 message = user_message(problem, args.prompt_template)
@@ -99,10 +104,15 @@ class Model:
                     raise ValueError(f"{benchmark.name}, problem {id!r}: the prompt has {len(ids)} tokens; expected "
                                      f"from 1 to {context - 1}, as {path} has a context of {context}")
                 self.prompts[-1][id] = ids
+            opened = not args.prefill and opens_thought(self.tokenizer.render_prompt([message], args.system_prompt))
+            self.stores.append(SampleStore(
+                Path(args.output) / self.name / benchmark.name, {**settings, "problems_digest": benchmark.digest},
+                benchmark, code, args.keep_samples, open_thought_counts=args.open_thought_counts, opened=opened,
+            ))  # fmt: skip
 
 
 def model_digest(directory: Path) -> str:
-    """SHA-256 over all files of a model directory that a sample depends on."""
+    """SHA-256 of all files of a model directory that a sample depends on."""
     digest = hashlib.sha256(weights_digest(directory).encode())
     for name in TOKENIZER_FILES:
         if (directory / name).is_file():
@@ -111,7 +121,7 @@ def model_digest(directory: Path) -> str:
 
 
 def evaluate(model: Model, args: argparse.Namespace, device: torch.device, group) -> list[dict]:
-    """Draw the samples that are missing. Returns a row of results a benchmark, on rank 0."""
+    """Draw the missing samples. Returns one row of results for each benchmark, on rank 0."""
     with contextlib.ExitStack() as open_stores:
         if rank() == 0:
             for store in model.stores:
@@ -122,7 +132,7 @@ def evaluate(model: Model, args: argparse.Namespace, device: torch.device, group
         wait_for_all(group)
         if rank() > 0:
             return []
-        about = {"model": model.name, "path": model.path}
+        about = {"model": model.name, "path": model.path, "open_thought_counts": args.open_thought_counts}
         return [
             {**about, **summarise(store.benchmark, store.merge(), args.samples, store.settings)}
             for store in model.stores
@@ -130,7 +140,7 @@ def evaluate(model: Model, args: argparse.Namespace, device: torch.device, group
 
 
 def draw_missing(model: Model, args: argparse.Namespace, device: torch.device, group) -> None:
-    """Find the samples that no run has finished yet, and draw this rank's share of them."""
+    """Draw this rank's share of the samples that do not exist yet."""
     missing = []
     for store, prompts in zip(model.stores, model.prompts):
         done = store.done()
@@ -140,44 +150,44 @@ def draw_missing(model: Model, args: argparse.Namespace, device: torch.device, g
                 if (id, sample) not in done:
                     request = Request(prompt_ids, sample_key(args.seed, id, sample), limit)
                     missing.append((store, id, sample, request))
-    wait_for_all(group)  # nobody appends before everybody has read
+    wait_for_all(group)  # all ranks read before any rank appends
     if rank() == 0 and any(request.max_new_tokens < args.max_new_tokens for *_, request in missing):
         print(f"{model.name}: the context of {model.config.max_position_embeddings} tokens ends some responses before "
               f"--max-new-tokens {args.max_new_tokens}", file=sys.stderr)
     try:
-        draw(model, missing[rank() :: world_size()], args, device)  # one by one: as many to each, of every problem
+        draw(model, missing[rank() :: world_size()], args, device)  # round-robin over the samples of every problem
     except (ValueError, OSError) as error:
-        if local_rank() > 0:  # run_command lets the first rank speak for all, but this may have met one alone
+        if local_rank() > 0:  # only rank 0 reports its error in run_command
             print(f"error: {error}", file=sys.stderr)
         raise
 
 
 def draw(model: Model, missing: list[tuple[SampleStore, str, int, Request]], args: argparse.Namespace, device) -> None:
-    """Generate these samples (store, problem id, number, request), and append each with its verdict as it finishes."""
+    """Generate samples (store, problem id, number, request), and append each with its verdict as it finishes."""
     if not missing:
         return
     weights = load_pretrained(model.directory, device, DTYPES[model.dtype]).eval()
-    rows = args.rows or (64 if device.type == "cuda" else 16)
+    max_batch_size = args.rows or (64 if device.type == "cuda" else 16)
     progress = Progress(model.name, len(missing))
     generated = generate(weights, [request for *_, request in missing], model.tokenizer.stop_ids, args.temperature,
-                         args.top_p, rows, progress.count_tokens)
+                         args.top_p, max_batch_size, progress.count_tokens)
     with progress.bar:
         for index, ids, finish_reason in generated:
             store, id, sample, _ = missing[index]
+            text_ids = ids[:-1] if finish_reason == "stop" else ids
             row = {
                 "id": id,
                 "sample": sample,
-                "response": args.prefill + model.tokenizer.decode(ids[:-1] if finish_reason == "stop" else ids),
+                "response": args.prefill + model.tokenizer.decode(text_ids, skip_special_tokens=False),
                 "finish_reason": finish_reason,
                 "tokens": len(ids),
             }
-            store.append(scored(row, store.benchmark), rank())
+            store.append(store.scored(row), rank())
             progress.count_sample()
 
 
 class Progress:
-    """Of rank 0's share of the samples: a bar on a terminal; elsewhere, in the log of a batch job say, now and then
-    a line."""
+    """Progress of rank 0's share of the samples: a bar on a terminal, lines elsewhere (the log of a batch job)."""
 
     def __init__(self, name: str, total: int):
         self.bar = tqdm(desc=name, total=total, unit="sample", disable=hide_bar(), smoothing=0)
@@ -199,7 +209,7 @@ class Progress:
 
 
 def wait_for_all(group) -> None:
-    """A barrier. Raises ValueError where another process has ended, which then has said why."""
+    """A barrier. Raises ValueError where another process has ended; its own error says why."""
     try:
         dist.barrier(group)
     except RuntimeError:  # all that gloo has for a lost connection
@@ -207,7 +217,7 @@ def wait_for_all(group) -> None:
 
 
 def score(args: argparse.Namespace, benchmarks: list[Benchmark]) -> list[dict]:
-    """Score the responses in --score, made elsewhere. Returns a row of results a benchmark.
+    """Score the responses in --score, of another engine. Returns one row of results for each benchmark.
 
     Raises ValueError where a problem has no response, or fewer than another.
     """
@@ -221,19 +231,20 @@ def score(args: argparse.Namespace, benchmarks: list[Benchmark]) -> list[dict]:
                                      "every problem needs the same number (--samples takes fewer of them)")
     table, name = [], storage_name(str(Path(args.score).with_suffix("")))
     for benchmark, found, k in zip(benchmarks, responses, counts):
-        settings = {"samples_digest": file_digest(args.score), "data_digest": benchmark.digest}
+        settings = {"samples_digest": file_digest(args.score), "problems_digest": benchmark.digest}
         store = args.output and SampleStore(Path(args.output) / name / benchmark.name, settings, benchmark)
         bar = tqdm(found.items(), benchmark.name, unit="sample", disable=None)
-        samples = {key: scored(row, benchmark) for key, row in bar}
+        samples = {key: scored(row, benchmark, args.open_thought_counts) for key, row in bar}
         if store:
             with store.opened():
                 store.replace(samples)
-        table.append({"model": name, "path": args.score, **summarise(benchmark, samples, k, settings)})
+        about = {"model": name, "path": args.score, "open_thought_counts": args.open_thought_counts}
+        table.append({**about, **summarise(benchmark, samples, k, settings)})
     return table
 
 
 def storage_name(path: str) -> str:
-    """The last two parts of a path or hub id, since the last one may be common (final, step-000100)."""
+    """The last two parts of a path or hub id, since many models have the same last one (final, step-000100)."""
     full = Path(os.path.abspath(path)) if Path(path).exists() else Path(path)
     return "-".join(part for part in full.parts[-2:] if part != full.anchor)
 
@@ -246,30 +257,37 @@ def refuse_equal_names(names: list[str], paths: list[str]) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    add = parser.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--model", nargs="+", metavar="DIR", help="model directories or hub ids")
+    add("--dtype", choices=list(DTYPES), help="of the computation (default: bfloat16 on a GPU, float32 on a CPU)")
+    add = parser.add_argument_group("data").add_argument
     add("--problems", nargs="+", metavar="FILE", required=True, help="benchmarks, JSONL: id, problem, answer")
-    add("--score", metavar="FILE", help="score these samples (JSONL: id, response) instead of drawing any")
-    add("--output", metavar="DIR", help="where samples and results.json go")
-    add("--samples", type=positive_int, help="samples a problem (default: 16; with --score all there are)")
-    add("--limit", type=positive_int, help="problems of each file to use, from its start (default: all)")
-    add("--temperature", type=not_negative, default=0.6, help="0 takes the likeliest token")
+    add("--limit", type=positive_int, help="number of problems of each file, from its start (default: all)")
+    add("--system-prompt", help="replaces the chat template's own")
+    add("--prompt-template", choices=sorted(PROMPT_TEMPLATES), default="none", help="text around the problem")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--samples", type=positive_int, help="samples for each problem (default: 16; with --score all there are)")
+    add("--temperature", type=not_negative, default=0.6, help="0 is greedy")
     add("--top-p", type=number(float, "a share above 0 and at most 1", low=math.ulp(0), below=math.nextafter(1, 2)),
         default=0.95, help="probability mass kept")
-    add("--max-new-tokens", type=positive_int, default=32768, help="tokens of a response at most, without the prefill")
+    add("--max-new-tokens", type=positive_int, default=32768, help="maximum length of a response without the prefill")
+    add("--prefill", default=PREFILL.replace("\n", r"\n"), help=r"forced start of each response; \n is a newline")
     add("--seed", type=int, default=0, help="of the random numbers")
-    add("--prefill", default=PREFILL.replace("\n", r"\n"), help=r"what each response is made to begin with; \n is a "
-        "line end")
-    add("--system-prompt", help="in place of the chat template's own")
-    add("--prompt-template", choices=sorted(PROMPT_TEMPLATES), default="none", help="text around the problem")
-    add("--rows", type=positive_int, help="responses decoded side by side (default: 64 on a GPU, 16 on a CPU)")
-    add("--dtype", choices=list(DTYPES), help="of the computation (default: bfloat16 on a GPU, float32 on a CPU)")
-    add("--threads", type=positive_int, default=1, help="CPU threads of each process. Samples of runs with another "
-        "number can differ: rounding does. For more cores rather use torchrun")
+    add = parser.add_argument_group("scoring").add_argument
+    add("--score", metavar="FILE", help="score these samples (JSONL: id, response) instead of drawing any")
+    add("--open-thought-counts", action="store_true", help="read a box in a thought that never ends (<think> without "
+        "</think>) as the answer")
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--rows", type=positive_int, help="responses decoded in one batch (default: 64 on a GPU, 16 on a CPU)")
+    add("--threads", type=positive_int, default=1, help="CPU threads of each process. Samples of another number can "
+        "differ by rounding; for more cores prefer torchrun")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", metavar="DIR", help="directory for samples and results.json")
+    add("--keep-samples", action="store_true", help="continue with samples made by another version of the code")
     args = parser.parse_args(argv)
     args.prefill = args.prefill.replace("\\n", "\n")
     if args.score and args.model:
-        raise ValueError("--score takes samples as they are: give it without --model")
+        raise ValueError("--score scores existing samples: give it without --model")
     if not args.score and not (args.model and args.output):
         raise ValueError("give --model and --output to draw samples, or --score to score a file of them")
     if not args.score:
@@ -278,4 +296,4 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_command(main, "interrupted; the same command continues where it stopped")
+    run_command(main, "interrupted; the same command resumes")

@@ -1,15 +1,16 @@
-r"""Teacher traces in, training data out; also benchmarks, and a check of the one against the other.
+r"""Make training data from teacher traces; download benchmarks, and decontaminate the one against the other.
 
     python prepare_data.py openr1 --input open-r1/OpenR1-Math-Raw --output data/openr1 --tokenizer MODEL
-    python prepare_data.py traces --input rows.jsonl --output data/own     # our answer checker's verdicts
+    python prepare_data.py traces --input rows.jsonl --output data/own     # verdicts of our checker
+    python prepare_data.py traces --input samples.jsonl --problems train.jsonl --output data/own   # own samples
     python prepare_data.py benchmarks --output data/benchmarks
     python prepare_data.py decontaminate --input data/openr1/p*.jsonl --against data/benchmarks/*.jsonl \
         --output data/clean
     python prepare_data.py toy --output data/toy
 
 rows (parquet or JSONL) -> judge -> select -> positives.jsonl, pairs.jsonl, report.json. Rows stream through
-worker processes in their order. An output directory appears under its name when everything in it is written,
-or not at all. Every report.json has the settings and the SHA-256 of each input.
+worker processes in order. An output directory is written under a temporary name and renamed when complete.
+Every report.json has the settings and the SHA-256 of each input.
 """
 
 import argparse
@@ -35,10 +36,19 @@ from redi.preparation.corpus import (
     read_rows,
     require,
     row_id,
+    with_problems,
 )
 from redi.preparation.decontamination import decontaminate
-from redi.preparation.traces import GENERATIONS, OUTCOMES, SkipRow, openr1_verdicts, own_verdicts, select
-from redi.problems import PROMPT_TEMPLATES, assistant_message, gold_answers, user_message
+from redi.preparation.traces import GENERATIONS, OUTCOMES, SkipRow, final_answers, openr1_verdicts, own_verdicts, select
+from redi.problems import (
+    PROMPT_TEMPLATES,
+    assistant_message,
+    gold_answers,
+    gold_texts,
+    read_benchmark,
+    user_message,
+    warn_if_none_correct,
+)
 from redi.rows import Example, TokenSettings, encode
 from redi.tokenizer import PREFILL, TOKENIZER_FILES, Tokenizer
 
@@ -64,7 +74,10 @@ def prepare(args: argparse.Namespace) -> None:
     """openr1 and traces: positives.jsonl, pairs.jsonl and report.json from rows of generations."""
     files = input_files(args.input)
     total = count_rows(files.values())
-    inputs, tokenizer_directory = digests(files), None
+    inputs, tokenizer_directory, benchmark = digests(files), None, None
+    if args.command == "traces" and args.problems:
+        benchmark = read_benchmark(args.problems)
+        inputs |= digests({args.problems: Path(args.problems)})
     if args.tokenizer is not None:  # here for the download and a clear error; the workers load it again
         tokenizer_directory = Tokenizer.from_pretrained(args.tokenizer).directory
         paths = {f"{args.tokenizer}/{name}": tokenizer_directory / name for name in (*TOKENIZER_FILES, "config.json")}
@@ -76,6 +89,8 @@ def prepare(args: argparse.Namespace) -> None:
     counts = collections.Counter()
     with new_directory(args.output, args.overwrite, [*outputs, "report.json"]) as directory:
         rows = tqdm(read_rows(files.values()), total=total, unit=" rows", disable=None)
+        if benchmark:
+            rows = with_problems(rows, benchmark)
         if args.command == "traces":
             rows = one_row_per_problem(rows, directory / "rows.sqlite")
         function = functools.partial(prepare_chunk, args, tokenizer_directory)
@@ -87,6 +102,8 @@ def prepare(args: argparse.Namespace) -> None:
                 for name, file in written.items():
                     file.writelines(lines[name])
         report = {name: counts[name] for name in reported}
+        for file in files.values():
+            warn_if_none_correct(str(file), counts["correct", str(file)], counts["judged", str(file)])
         if not counts["positives"]:
             found = ", ".join(f"{name} {number}" for name, number in report.items() if number)
             raise ValueError(f"{args.input}: no positive in {counts['read']} rows ({found})")
@@ -97,32 +114,39 @@ def prepare(args: argparse.Namespace) -> None:
 def prepare_chunk(
     args: argparse.Namespace, tokenizer_directory: Path | None, chunk: list[tuple[str, dict]]
 ) -> tuple[collections.Counter, dict[str, list[bytes]]]:
-    """Counts, and the lines of each JSONL file by its name, from some rows (each with its place). Runs in a worker.
-    Raises ValueError naming the place."""
+    """Counts, and the lines of each JSONL file by its name, from some rows, each with its place ("FILE, line N"). Runs
+    in a worker process. Raises ValueError naming the place."""
     counts, lines = collections.Counter(), {"positives.jsonl": [], "pairs.jsonl": [], "verdicts.jsonl": []}
     for place, row in chunk:
         counts["read"] += 1
+        file = place.rpartition(",")[0]
         with error_context(place):
             try:
                 if args.command == "openr1":
                     correct = openr1_verdicts(row, args.verdict, args.exclude_sources)
+                    answers = row["generations"]
+                    if args.truncated == "drop":
+                        answers, _ = final_answers(row, args.open_thought_counts, read_unboxed=False)
                 else:
-                    answers, correct = own_verdicts(row, args.exclude_sources)
-                    counts["correct_generations"] += sum(correct)
-                    counts["unboxed_generations"] += answers.count(None)
+                    answers, correct, forms = own_verdicts(
+                        row, args.exclude_sources, args.open_thought_counts, args.read_unboxed)  # fmt: skip
+                    counts.update(forms)
+                    counts.update({"correct_generations": sum(correct), "unboxed_generations": answers.count(None)})
                     counts["incorrect_generations"] += len(answers) - answers.count(None) - sum(correct)
+                    counts.update({("correct", file): sum(correct), ("judged", file): len(correct)})
                     lines["verdicts.jsonl"] += verdict_lines(row_id(row), answers, correct)
                 chosen, negatives = select(
-                    row["generations"], correct, args.negatives, args.truncated, args.pairs_per_problem,
-                    seed=f"{args.seed} {row['problem']}",  # of the problem's own: the draw depends on no other row
-                )
-            except SkipRow as left_out:
-                counts[str(left_out)] += 1
+                    row["generations"], correct, [args.truncated == "incorrect" or one is not None for one in answers],
+                    args.negatives, args.pairs_per_problem,
+                    seed=f"{args.seed} {row['problem']}",  # the problem's own: the draw depends on no other row
+                )  # fmt: skip
+            except SkipRow as outcome:
+                counts[str(outcome)] += 1
                 continue
             prompt = [user_message(row["problem"], args.prompt_template)]
             if args.system_prompt is not None:
                 prompt.insert(0, {"role": "system", "content": args.system_prompt})
-            named = {"id": row_id(row), "source": row.get("source") or Path(place.rpartition(",")[0]).name}
+            named = {"id": row_id(row), "source": row.get("source") or Path(file).name}
             positive = {"prompt": prompt, "completion": [assistant_message(chosen)], **named}
             lines["positives.jsonl"].append(json_line(positive, errors="strict"))
             counts["positives"] += 1
@@ -142,18 +166,18 @@ def prepare_chunk(
 
 
 def verdict_lines(id: str, answers: list[str | None], correct: list[bool]) -> Iterator[bytes]:
-    """Lines of verdicts.jsonl: the generations of one problem, numbered from 0. One that has no closed box (unboxed)
-    was cut off, most often."""
+    """Lines of verdicts.jsonl: the generations of one problem, numbered from 0. One without an answer (unboxed) is
+    usually truncated."""
     for number, (answer, verdict) in enumerate(zip(answers, correct)):
         row = {"id": id, "generation": number, "answer": answer, "correct": verdict, "unboxed": answer is None}
         yield json_line(row)
 
 
 def pair_outcomes(tokenizer: Tokenizer, prompt: list[dict], chosen: str, negatives: list[str], args) -> list[str]:
-    """What becomes of each negative's pair, with its texts encoded as in training: "pairs_written", "too_long", or
-    "same_ids", of which train.py would refuse the whole file."""
+    """The outcome of each negative's pair, with its texts encoded as in training: "pairs_written", "too_long", or
+    "same_ids", which train.py would refuse."""
     limits = TokenSettings(
-        pairs=False,  # of one prompt and its responses, however many
+        pairs=False,  # one prompt and any number of responses
         max_prompt=args.max_prompt_tokens,
         max_response=args.max_response_tokens,
         max_total=args.max_prompt_tokens + args.max_response_tokens,
@@ -170,11 +194,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def decontaminate_files(args: argparse.Namespace) -> None:
-    """Copies JSONL files without rows whose problem shares an n-gram of words with an evaluation problem."""
+    """Copy JSONL files without the rows whose problem shares an n-gram of words with an evaluation problem."""
     paths, against = [Path(path) for path in args.input], [Path(path) for path in args.against]
     names = [path.name for path in paths]
     if len({*names, "report.json"}) <= len(names):
-        raise ValueError(f"--input: two files of one name, or one named report.json ({', '.join(names)})")
+        raise ValueError(f"--input: two files have the same name, or one is named report.json ({', '.join(names)})")
     with new_directory(args.output, args.overwrite, [*names, "report.json"]) as directory:
         report = decontaminate(paths, against, args.ngram, args.examples, directory)
         write_report(directory, report, args, digests({str(path): path for path in (*paths, *against)}))
@@ -186,14 +210,14 @@ def decontaminate_files(args: argparse.Namespace) -> None:
 
 
 def benchmarks(args: argparse.Namespace) -> None:
-    """The paper's benchmarks as problems JSONL, from the hub or from a folder laid out as the hub is."""
+    """The paper's benchmarks as problems JSONL, from the hub or from a directory with the hub's layout."""
     chosen = [benchmark for benchmark in BENCHMARKS if args.only is None or benchmark[0] in args.only]
     names = [f"{name}.jsonl" for name, *_ in chosen]
     inputs = {}
     with new_directory(args.output, args.overwrite, [*names, "report.json"]) as directory:
         for name, hub_id, split, size, problem_column, answer_column in chosen:
             source = hub_id if args.mirror is None else Path(args.mirror) / hub_id
-            files = find_files(source, [f"*{split}*.parquet", f"*{split}*.jsonl"])
+            files = find_files(source, functools.partial(files_of_split, split))
             if not files:
                 raise ValueError(f"{source}: no parquet or JSONL file of the split '{split}'")
             inputs |= digests(files)
@@ -201,12 +225,13 @@ def benchmarks(args: argparse.Namespace) -> None:
             for place, row in read_rows(files.values()):
                 with error_context(place):
                     require(row, problem_column, answer_column)
-                    problem, answers = row[problem_column], gold_answers(row[answer_column])
+                    problem, answers = row[problem_column], gold_texts(row[answer_column])
+                    gold_answers(answers)  # readable
                     if not (isinstance(problem, str) and problem.strip() and answers):
                         raise ValueError("the problem or the answer is empty")
                     answer = answers[0] if len(answers) == 1 else answers
                     if name == "olympiad_bench":
-                        answer = ", ".join(answers)  # not alternatives: the problem asks for them all
+                        answer = ", ".join(answers)  # not alternatives: the problem asks for all of them
                     benchmark_row = {"id": f"{name}-{len(lines)}", "problem": problem, "answer": answer}
                     lines.append(json_line(benchmark_row, errors="strict"))
             if len(lines) != size:
@@ -216,9 +241,13 @@ def benchmarks(args: argparse.Namespace) -> None:
         write_report(directory, {"problems": {name: size for name, _, _, size, *_ in chosen}}, args, inputs)
 
 
+def files_of_split(split: str, names: list[str]) -> list[str]:
+    return [name for name in names if split in name and name.endswith((".parquet", ".jsonl"))]
+
+
 def toy(args: argparse.Namespace) -> None:
     """The data of the embedded example: what `train.py` makes for itself when it is run without arguments."""
-    from redi.example import water_tank  # here: it imports torch, which every worker process would load
+    from redi.example import water_tank  # here, because it imports torch, which every worker process would load
 
     names = ("teacher.jsonl", "positives.jsonl", "pairs.jsonl", "problems.jsonl", "report.json")
     with new_directory(args.output, args.overwrite, names) as directory:
@@ -227,7 +256,7 @@ def toy(args: argparse.Namespace) -> None:
 
 
 def write_report(directory: Path, report: dict, args: argparse.Namespace, inputs: dict[str, str | None]) -> None:
-    """report.json: what was found, every setting that decides the output, and the SHA-256 of every file read."""
+    """report.json: the counts, every setting that decides the output, and the SHA-256 of every input file."""
     others = ("function", "output", "overwrite", "processes")
     settings = {name: value for name, value in vars(args).items() if name not in others}
     write_json(directory / "report.json", {**report, "settings": settings, "inputs": inputs})
@@ -241,49 +270,63 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         summary = function.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=summary, description=summary)
         command.set_defaults(function=function)
-        command.add_argument("--output", required=True, metavar="DIR", help="a new or empty directory")
-        command.add_argument("--overwrite", action="store_true", help="replace what this command wrote there")
-        return command.add_argument
+        output = command.add_argument_group("output")
+        output.add_argument("--output", required=True, metavar="DIR", help="a new or empty directory")
+        output.add_argument("--overwrite", action="store_true", help="replace what this command wrote there")
+        return command
 
-    for name, excluded in (("openr1", ["cn_k12"]), ("traces", [])):
-        flag = add(name, prepare)
+    for name, excluded, truncated in (("openr1", ["cn_k12"], "incorrect"), ("traces", [], "drop")):
+        command = add(name, prepare)
+        flag = command.add_argument_group("input").add_argument
+        flag("--input", required=True, metavar="PATH",
+             help="rows: a .parquet (needs pyarrow) or .jsonl file, a directory of them, or a hub id; the train split, "
+             "where file names tell it")
+        if name == "traces":
+            flag("--problems", metavar="FILE", help="JSONL: id, problem, answer. The input then has samples of these "
+                 "problems, as evaluate.py's samples.jsonl")
+        flag("--exclude-sources", nargs="*", default=excluded, metavar="SOURCE", help="skip rows of these sources")
+        flag("--processes", type=positive_int, default=os.cpu_count(), metavar="N", help="worker processes")
+        flag = command.add_argument_group("verdicts").add_argument
         if name == "openr1":
             flag("--verdict", choices=("both", "math_verify", "llama", "either"), default="both",
                  help="whose verdicts make a generation correct (the paper: both)")
-        flag("--input", required=True, metavar="PATH",
-             help="rows: a .parquet (needs pyarrow) or .jsonl file, a directory of them, or a hub id")
-        flag("--exclude-sources", nargs="*", default=excluded, metavar="SOURCE", help="sources left out")
+        else:
+            flag("--read-unboxed", action="store_true", help="where there is no box, also read the answer after '####',"
+                 " in 'The answer is ...' at the end, or in the last $...$")
+        flag("--open-thought-counts", action="store_true",
+             help="read a box in a thought that never ends (<think> without </think>) as the answer")
+        flag("--truncated", choices=("incorrect", "drop"), default=truncated,
+             help="a generation without a readable answer is incorrect, or neither correct nor incorrect")
+        flag = command.add_argument_group("pairs").add_argument
         flag("--pairs-per-problem", type=positive_int, default=1, metavar="N",
-             help="pairs at most, each of the positive and another negative")
+             help="maximum; all have the same chosen response")
         flag("--negatives", choices=("first", "shortest", "longest", "random"), default="first",
              help="which incorrect generations (lengths in characters)")
-        flag("--truncated", choices=("incorrect", "drop"), default="incorrect",
-             help=r"a generation without a closed \boxed{}: incorrect, or left out")
         flag("--seed", type=int, default=0, help="of --negatives random")
-        flag("--prompt-template", choices=tuple(PROMPT_TEMPLATES), default="none",
-             help="what the problem is wrapped in")
+        flag = command.add_argument_group("prompt").add_argument
+        flag("--prompt-template", choices=tuple(PROMPT_TEMPLATES), default="none", help="text around the problem")
         flag("--system-prompt", metavar="TEXT", help="a system message before every problem")
-        flag("--tokenizer", metavar="PATH", help="model directory or hub id: pairs over the limits below are left out")
+        flag = command.add_argument_group("length limits").add_argument
+        flag("--tokenizer", metavar="PATH", help="model directory or hub id: drop pairs over the limits below")
         flag("--max-prompt-tokens", type=positive_int, default=800, metavar="TOKENS",
-             help="of a pair's prompt, as the chat template renders it")
+             help="of a pair's prompt, rendered by the chat template")
         flag("--max-response-tokens", type=positive_int, default=19000, metavar="TOKENS",
-             help="of each response, with its end of turn")
+             help="of each response, including its end of turn")
         flag("--prefill", default=PREFILL.replace("\n", r"\n"), metavar="TEXT",
-             help=r"start of a response that evaluation forces: encoded apart, as in training; \n is a line end")
-        flag("--processes", type=positive_int, default=os.cpu_count(), metavar="N",
-             help="processes that judge and tokenise")
+             help=r"start of a response that evaluation forces, encoded separately as in training; \n is a newline")
 
-    flag = add("decontaminate", decontaminate_files)
+    flag = add("decontaminate", decontaminate_files).add_argument
     flag("--input", required=True, nargs="+", metavar="FILE", help="training JSONL files")
     flag("--against", required=True, nargs="+", metavar="FILE", help="problems JSONL files")
-    flag("--ngram", type=positive_int, default=8, metavar="WORDS", help="words in a row")
-    flag("--examples", type=count, default=3, metavar="N", help="shown per file and benchmark")
+    flag("--ngram", type=positive_int, default=8, metavar="WORDS",
+         help="shared consecutive words; a Chinese or Japanese character is a word")
+    flag("--examples", type=count, default=3, metavar="N", help="printed for each file and benchmark")
 
-    flag = add("benchmarks", benchmarks)
-    flag("--only", nargs="+", choices=[name for name, *_ in BENCHMARKS], help="these alone")
-    flag("--mirror", metavar="DIR", help="read DIR/HuggingFaceH4/MATH-500/…, not the hub")
+    flag = add("benchmarks", benchmarks).add_argument
+    flag("--only", nargs="+", choices=[name for name, *_ in BENCHMARKS], help="only these")
+    flag("--mirror", metavar="DIR", help="read DIR/HuggingFaceH4/MATH-500/… instead of the hub")
 
-    flag = add("toy", toy)
+    flag = add("toy", toy).add_argument
     flag("--seed", type=int, default=0, help="of the problems and the teacher's traces")
 
     args = parser.parse_args(argv)

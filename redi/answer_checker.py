@@ -932,8 +932,11 @@ def verdict(prediction, gold):
     return False, " ".join(filter(None, reasons)) or "different values", readings
 
 
-def extract_answer(text):
+def extract_answer(text, open_thought_counts=False):
     """str -> the content of its last complete \\boxed{...}, \\fbox{...} or \\boxed 5; None if missing or empty."""
+    thought = text.rfind("<think>")
+    if not open_thought_counts and thought > text.rfind("</think>"):
+        text = text[:thought]
     answer, opened = None, []  # opened: for each open brace, where the content of its box starts
     for match in BOX.finditer(text):
         if match[1] or match[0] == "{":

@@ -1,14 +1,19 @@
 """A problem to solve: its text as the user's message, its gold answers, and files of problems (benchmarks)."""
 
+import hashlib
+import json
+import math
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from redi.answer_checker import answers_match, extract_answer
-from redi.files import error_context, file_digest, read_jsonl
+from redi.files import error_context, read_jsonl
 
-# What a problem is wrapped in before it becomes the user's message, in training data and in evaluation alike.
-# "open-r1" is the evaluation template of open-r1 and lighteval (paper, Appendix C.5; MATH_QUERY_TEMPLATE in
-# openr1/src/open_r1/evaluate.py of the official code), both spaces after "clearly." included.
+# The text around a problem in the user's message, in training data and in evaluation alike. "open-r1" is the
+# evaluation template of open-r1 and lighteval (paper, Appendix C.5; MATH_QUERY_TEMPLATE in
+# openr1/src/open_r1/evaluate.py of the official code), including both spaces after "clearly.".
 PROMPT_TEMPLATES = {
     "none": "{problem}",
     "open-r1": (
@@ -18,6 +23,11 @@ PROMPT_TEMPLATES = {
         "step by step before answering.\n\n{problem}"
     ),
 }
+
+MATH = re.compile(r"(\$\$?)([^$]+)\1")
+WORD = re.compile(r"[^\W\d_]{2,}")
+NEARLY_NONE = 0.01  # share of correct responses under which a mistake in the data is likely
+FORMULA = re.compile(r"[\d$\\^_*/%=+<>|~√∞π°]")
 
 
 def user_message(problem: str, prompt_template: str = "none") -> dict:
@@ -29,33 +39,63 @@ def assistant_message(response: str) -> dict:
     return {"role": "assistant", "content": response}
 
 
-def gold_answers(value) -> list[str]:
-    """The texts of a gold answer: a text or a number, or a list of acceptable ones; [] where there is none.
+def gold_texts(value) -> list[str]:
+    """The texts of a gold answer: a string or a number, or a list of acceptable ones; [] where there is none.
 
     Raises ValueError for anything else.
     """
-    answers = []
+    texts = []
     for answer in value if isinstance(value, list) else [value]:
         if isinstance(answer, float) and answer.is_integer():  # AMC's answers are floats in the file: 142.0
             answer = int(answer)
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
+        not_finite = isinstance(answer, float) and not math.isfinite(answer)  # not JSON, but Python reads NaN
+        if isinstance(answer, bool) or not_finite or not isinstance(answer, str | int | float | None):
             raise ValueError(f"'answer' must be a text, a number, or a list of them, found {answer!r}")
-        answers.append("" if answer is None else str(answer).strip())
-    return [answer for answer in answers if answer]
+        texts.append("" if answer is None else str(answer).strip())
+    return [text for text in texts if text]
 
 
-def judge(response: str, gold: list[str]) -> tuple[str | None, bool]:
-    """The final answer of a response (None: no closed box), and whether the checker finds it equal to a gold one."""
-    answer = extract_answer(response)
+def gold_answers(value) -> list[str]:
+    """`gold_texts`, each reduced to its answer: the text after "####" (GSM8K), in the last box, or in one pair of $…$
+    around all of it. Raises ValueError for a text without an answer: nothing would be equal to it."""
+    answers = []
+    for text in gold_texts(value):
+        answer = text.rpartition("####")[2].strip()
+        whole = MATH.fullmatch(answer)
+        answer = extract_answer(answer) or (whole[2].strip() if whole else answer)
+        words = max(len(WORD.findall(part)) for part in re.split("[,;]", answer))
+        if not answer or words > 3 and not FORMULA.search(answer):
+            raise ValueError(f"the gold answer {text[:80]!r} cannot be checked: expected a formula, a number, or at "
+                             "most three words")
+        answers.append(answer)
+    return answers
+
+
+def judge(response: str, gold: list[str], open_thought_counts: bool = False) -> tuple[str | None, bool]:
+    """The final answer of a response (None: no closed box, or only in a thought that never ends), and whether the
+    checker finds it equal to a gold one."""
+    answer = extract_answer(response, open_thought_counts)
     return answer, answer is not None and any(answers_match(answer, one) for one in gold)
+
+
+def opens_thought(text: str) -> bool:
+    """Whether a text ends in a thought, or before one."""
+    return text.rfind("<think>") > text.rfind("</think>")
+
+
+def warn_if_none_correct(name: str, correct: int, judged: int) -> None:
+    """Gold answers in a form that the checker does not read, or another prompt, can make all responses incorrect."""
+    if correct < NEARLY_NONE * judged:
+        print(f"warning: {name}: {correct} of {judged} responses are judged correct; compare the gold answers with the "
+              "answers that were read", file=sys.stderr)
 
 
 @dataclass
 class Benchmark:
     name: str  # of the file, without its suffix
     problems: dict[str, str]  # by id, in the file's order; the first --limit
-    answers: dict[str, list[str]]  # by id, for all of the file: any of them is right
-    digest: str  # SHA-256 of the file
+    answers: dict[str, list[str]]  # by id, for the entire file: any of them is correct
+    digest: str  # of the file's ids and problems: what samples depend on, as their verdicts can be computed again
 
 
 def read_benchmark(path: str | Path, limit: int | None = None) -> Benchmark:
@@ -72,11 +112,12 @@ def read_benchmark(path: str | Path, limit: int | None = None) -> Benchmark:
             if not isinstance(problem, str) or not problem.strip():
                 raise ValueError("expected a text under 'problem' or 'question'")
             if id in lines:
-                raise ValueError(f"id {id!r} is already that of line {lines[id]}")
+                raise ValueError(f"id {id!r} is already used in line {lines[id]}")
             lines[id], problems[id], answers[id] = line, problem, _answers(row)
     if not problems:
-        raise ValueError(f"{path}: holds no problems")
-    return Benchmark(name, {id: problems[id] for id in list(problems)[:limit]}, answers, file_digest(path))
+        raise ValueError(f"{path}: no problems")
+    digest = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
+    return Benchmark(name, {id: problems[id] for id in list(problems)[:limit]}, answers, digest)
 
 
 def _answers(row: dict) -> list[str]:

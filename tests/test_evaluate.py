@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 import evaluate
 from redi.evaluation import scoring as results
@@ -93,7 +94,7 @@ def test_the_response_is_the_text_of_the_sampled_ids(model, problems, tmp_path):
         request = Request(prompt_ids, sample_key(4, sample["id"], 0), 128 - len(prompt_ids))
         [(_, ids, reason)] = generate(weights, [request], tokenizer.stop_ids)
         assert (sample["finish_reason"], sample["tokens"]) == (reason, len(ids))
-        text = tokenizer.decode(ids[:-1] if reason == "stop" else ids)
+        text = tokenizer.decode(ids[:-1] if reason == "stop" else ids, skip_special_tokens=False)
         assert sample["response"] == "<think>\n" + text
 
 
@@ -142,7 +143,7 @@ def test_a_signal_ends_it_with_its_status_and_says_how_to_go_on(model, problems,
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 128 + number
-    assert stderr.splitlines()[-1] == "interrupted; the same command continues where it stopped"
+    assert stderr.splitlines()[-1] == "interrupted; the same command resumes"
     assert "Traceback" not in stderr and "pass@1" not in stdout
     drawn = read(next(out.rglob("samples.jsonl")))  # whole lines only
     expected = run(model, problems, tmp_path / "expected", "--samples", "4")
@@ -278,7 +279,7 @@ def test_samples_of_other_settings_are_not_mixed(model, problems, tmp_path, flag
     args = ["--model", str(model), "--problems", str(problems), "--output", str(tmp_path / "out")]
     parsed = evaluate.parse_arguments(args)
     [made_with] = evaluate.Model(str(model), [read_benchmark(problems)], parsed, evaluate.torch.device("cpu")).stores
-    (folder / "settings.json").write_text(json.dumps(made_with.settings))
+    (folder / "settings.json").write_text(json.dumps({**made_with.settings, "code": made_with.code}))
     write(folder / "samples.jsonl", [{"id": "s0", "sample": 0, "response": "", "correct": False}])
     before = (folder / "samples.jsonl").read_bytes()
     with pytest.raises(ValueError, match=rf"holds samples made with {key} "):
@@ -295,19 +296,73 @@ def test_changed_problems_or_weights_are_noticed(model, problems, tmp_path):
     with pytest.raises(ValueError, match="model_digest"):
         run(other, problems, tmp_path / "out", "--limit", "1")
     problems.write_text(problems.read_text() + '{"id": "x", "problem": "1", "answer": "1"}\n')
-    with pytest.raises(ValueError, match="data_digest"):
+    with pytest.raises(ValueError, match="problems_digest"):
         run(model, problems, tmp_path / "out", "--limit", "1")
 
 
 def test_samples_are_scored_anew_when_the_checker_changes(model, problems, tmp_path, monkeypatch):
     assert run(model, problems, tmp_path / "out")["results"][0]["pass@1"] == 0
     monkeypatch.setattr(evaluate, "load_pretrained", None)
-    monkeypatch.setattr(store, "judge", lambda response, gold: (None, True))
+    monkeypatch.setattr(store, "judge", lambda *arguments: (None, True))
     for module in (store, results):
         monkeypatch.setattr(module, "checker_version", lambda: "2")
     [row] = run(model, problems, tmp_path / "out")["results"]
     assert row["pass@1"] == 1 and row["versions"]["checker"] == "2"
     assert all(s["correct"] for s in read(next((tmp_path / "out").rglob("samples.jsonl"))))
+
+
+def test_a_corrected_gold_answer_scores_the_samples_again(model, problems, tmp_path, monkeypatch):
+    run(model, problems, tmp_path / "out")
+    folder = next((tmp_path / "out").rglob("samples.jsonl")).parent
+    [sample, *others] = read(folder / "samples.jsonl")
+    sample["response"] += r"</think> \boxed{77}"
+    write(folder / "samples.jsonl", [sample, *others])
+    rows = read(problems)
+    write(problems, [{**rows[0], "answer": "77"}, *rows[1:]])
+    monkeypatch.setattr(evaluate, "load_pretrained", None)
+    assert run(model, problems, tmp_path / "out")["results"][0]["pass@1"] == pytest.approx(1 / 15)
+    assert [s["correct"] for s in read(folder / "samples.jsonl")] == [True] + [False] * 14
+
+    scored = tmp_path / "scored"
+    score(folder / "samples.jsonl", problems, "--output", scored)
+    write(problems, rows)
+    score(folder / "samples.jsonl", problems, "--output", scored)
+    assert json.loads((scored / "results.json").read_text())["results"][0]["pass@1"] == 0
+
+
+def test_samples_of_other_code_are_refused_by_the_file_that_changed(model, problems, tmp_path, monkeypatch, capsys):
+    run(model, problems, tmp_path / "out")
+    path = next((tmp_path / "out").rglob("settings.json"))
+    settings = json.loads(path.read_text())
+    monkeypatch.setattr(evaluate, "load_pretrained", None)
+    for changed, named in (
+        ({**settings, "code": {**settings["code"], "redi/evaluation/sampling.py": "0"}}, "redi/evaluation/sampling.py"),
+        ({**settings, "code": {**settings["code"], "redi/model.py": "0", "evaluate.py": "1"}},
+         "evaluate.py, redi/model.py"),
+        ({key: value for key, value in settings.items() if key not in ("code", "problems_digest")}, "the code"),
+    ):  # fmt: skip
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=rf"another version of {named}.*--keep-samples") as refusal:
+            run(model, problems, tmp_path / "out")
+        assert str(path.parent) in str(refusal.value)
+        run(model, problems, tmp_path / "out", "--keep-samples")
+        assert json.loads(path.read_text()) == settings
+        run(model, problems, tmp_path / "out")  # and the flag is not needed again
+    path.write_text(json.dumps({**settings, "code": {}, "seed": 9}))
+    with pytest.raises(ValueError, match="samples made with seed 9"):  # other settings are not kept
+        run(model, problems, tmp_path / "out", "--keep-samples")
+
+
+def test_the_code_of_samples_is_keyed_without_comments(tmp_path):
+    """Every file of SAMPLING_CODE exists, and those beside them that a sample depends on are among them."""
+    for name in evaluate.SAMPLING_CODE:
+        assert (ROOT / name).is_file(), name
+    copy = tmp_path / "sampling.py"
+    text = (ROOT / "redi/evaluation/sampling.py").read_text()
+    copy.write_text("# a comment\n" + text)
+    assert evaluate.code_digest(copy) == evaluate.code_digest(ROOT / "redi/evaluation/sampling.py")
+    copy.write_text(text.replace("2.0**-48", "2.0**-47"))
+    assert evaluate.code_digest(copy) != evaluate.code_digest(ROOT / "redi/evaluation/sampling.py")
 
 
 def test_models_with_one_directory_name_and_several_benchmarks(model, problems, tmp_path):
@@ -355,6 +410,25 @@ def captured_prompts(monkeypatch, model, problems, tmp_path, *flags) -> list[str
     return prompts
 
 
+def test_a_special_token_that_was_sampled_is_stored(model, problems, tmp_path, monkeypatch):
+    """A </think> that is a special token decides whether the thought ends."""
+    changed = tmp_path / "x" / "final"
+    shutil.copytree(model, changed)
+    tokenizer = tokenizers.Tokenizer.from_file(str(changed / "tokenizer.json"))
+    tokenizer.add_special_tokens(["</think>"])
+    tokenizer.save(str(changed / "tokenizer.json"))
+    close, end = tokenizer.token_to_id("</think>"), Tokenizer.from_pretrained(changed).end_of_turn_id
+
+    def fake_generate(weights, requests, stop_ids, *rest):
+        yield 0, [close, end], "stop"
+        yield 1, [close], "length"
+
+    monkeypatch.setattr(evaluate, "generate", fake_generate)
+    run(changed, problems, tmp_path / "out", "--samples", "2", "--limit", "1")
+    samples = read(next((tmp_path / "out").rglob("samples.jsonl")))
+    assert [sample["response"] for sample in samples] == ["<think>\n</think>"] * 2
+
+
 def test_prompts(model, problems, tmp_path, monkeypatch):
     changed = tmp_path / "x" / "final"  # toy tokenizer knows few words: what it drops is not under test here
     shutil.copytree(model, changed)
@@ -380,7 +454,7 @@ def test_bad_input_by_the_command_line(model, problems, tmp_path):
     for argv, message in [
         (("--model", model, "--problems", long, "--output", out), "problem 'long-0': the prompt has"),
         (("--model", model, "--problems", tmp_path / "none.jsonl", "--output", out), "none.jsonl cannot be read"),
-        (("--model", model, "--problems", empty, "--output", out), "holds no problems"),
+        (("--model", model, "--problems", empty, "--output", out), "empty.jsonl: no problems"),
         ((*drawing, "--samples", 0), "argument --samples: '0' is not a whole number above 0"),
         ((*drawing, "--top-p", 0), "argument --top-p: '0' is not a share above 0 and at most 1"),
         ((*drawing, "--top-p", 1.01), "argument --top-p: '1.01' is not a share"),
@@ -467,6 +541,71 @@ def test_scoring_what_other_engines_write(problems, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "fields, truncated",
+    [
+        ({"finish_reason": reason}, True) for reason in
+        ("length", "max_tokens", "MAX_TOKENS", "max_new_tokens", "FinishReason.MAX_TOKENS", "max_output_tokens",
+         {"type": "length", "length": 9})
+    ]
+    + [({"finish_reason": reason}, False) for reason in ("stop", "eos_token", "end_turn", {"type": "stop"})]
+    + [({"stop_reason": "max_tokens"}, True), ({"done_reason": "length"}, True), ({"stop_reason": "end_turn"}, False),
+       ({"finish_reason": None}, None), ({"finish_reason": 3, "stop_reason": "max_tokens"}, None)],
+)  # fmt: skip
+def test_truncation_by_the_names_of_other_engines(problems, tmp_path, fields, truncated):
+    path = write(tmp_path / "s.jsonl", [{"id": f"s{i}", "outputs": [{"text": "a", **fields}]} for i in range(5)])
+    score(path, problems, "--output", tmp_path / "out")
+    [row] = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert row["truncated"] == (truncated if truncated is None else float(truncated))
+
+
+@pytest.mark.parametrize("text, counted", [
+    (r"<think>maybe \boxed{0}? let me", (0, 1)),
+    (r"<think>\boxed{9}</think> <think>\boxed{0}", (0, 1)),
+    (r"<think>\boxed{9}</think> \boxed{0}", (1, 1)),
+    (r"\boxed{0} <think>or \boxed{9}", (1, 0)),
+])  # fmt: skip
+def test_a_box_in_a_thought_that_never_ends_is_no_answer(problems, tmp_path, text, counted):
+    path = write(tmp_path / "s.jsonl", [{"id": "s0", "response": text}])
+    for flags, correct in zip(((), ("--open-thought-counts",)), counted):
+        score(path, problems, "--limit", 1, "--output", tmp_path / "out", *flags)
+        [row] = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+        assert (row["pass@1"], row["open_thought_counts"]) == (correct, bool(flags))
+
+
+def test_warnings_where_no_thought_ends_and_where_nothing_is_correct(problems, tmp_path, capsys):
+    def warnings(text, *flags):
+        rows = [{"id": f"s{i}", "response": text.replace("N", str(2 * i))} for i in range(5)]
+        score(write(tmp_path / "s.jsonl", rows), problems, *flags)
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+    nothing_correct, open_thoughts = warnings(r"<think>\n so \boxed{N}")
+    assert "sums" in nothing_correct and "0 of 5 responses are judged correct" in nothing_correct
+    assert "5 of 5 responses never close the thought" in open_thoughts and "--prefill ''" in open_thoughts
+    assert warnings(r"<think>\n so \boxed{N}", "--open-thought-counts") == []
+    assert warnings(r"<think>\n so</think> \boxed{N}") == [] == warnings(r"\boxed{N}")
+    assert len(warnings(r"\boxed{N1}")) == 1
+
+
+def test_a_prompt_that_opens_the_thought_counts(model, problems, tmp_path):
+    """With --prefill '' the opening tag stands in the chat template's prompt alone."""
+    changed = tmp_path / "x" / "final"
+    shutil.copytree(model, changed)
+    config = json.loads((changed / "tokenizer_config.json").read_text())
+    template = config["chat_template"].replace("assistant\\n", "assistant\\n<think>\\n")
+    assert template != config["chat_template"]
+    (changed / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    args = ["--model", str(changed), "--problems", str(problems), "--output", str(tmp_path / "out"), "--prefill", ""]
+    [opened] = evaluate.Model(str(changed), [read_benchmark(problems)], evaluate.parse_arguments(args),
+                              evaluate.torch.device("cpu")).stores  # fmt: skip
+    verdicts = [opened.scored({"id": "s0", "response": text})["correct"] for text in
+                (r"maybe \boxed{0}? let", r"so</think> \boxed{0}")]  # fmt: skip
+    assert verdicts == [False, True]
+    [closed] = evaluate.Model(str(model), [read_benchmark(problems)], evaluate.parse_arguments(args),
+                              evaluate.torch.device("cpu")).stores  # fmt: skip
+    assert closed.scored({"id": "s0", "response": r"maybe \boxed{0}? let"})["correct"]
+
+
+@pytest.mark.parametrize(
     "rows, message",
     [
         ([{"id": "s0", "response": "a"}], "problem 's1' of sums lacks sample 0 of 1"),
@@ -475,9 +614,13 @@ def test_scoring_what_other_engines_write(problems, tmp_path, capsys):
             "problem 's4' of sums lacks sample 1 of 2",
         ),
         ([{"id": "other", "response": "a"}], "line 1: id 'other' is not among the problems"),
+        ([{"problem_id": "s0", "response": "a"}], "line 1: no key 'id'"),
+        ([{"id": None, "response": "a"}], "line 1: no key 'id'"),
+        ([{}], "line 1: no key 'id', the id of a problem (found no keys)"),
+        ([], "bad.jsonl: no samples in this file"),
         ([{"id": "s0", "text": "a"}], "line 1: expected 'response'"),
         ([{"id": "s0", "response": [3]}], "line 1: expected 'response'"),
-        ([{"id": "s0", "sample": 0, "response": "a"}] * 2, "line 2: sample 0 of id 's0' is there twice"),
+        ([{"id": "s0", "sample": 0, "response": "a"}] * 2, "line 2: sample 0 of id 's0' occurs twice"),
         ([{"id": "s0", "sample": -1, "response": "a"}], "line 1: 'sample' is '-1'; expected a whole number from 0 up"),
         ([{"id": "s0", "sample": True, "response": "a"}], "line 1: 'sample' is 'True'; expected a whole number"),
         ([{"id": "s0", "sample": "1", "response": "a"}], "line 1: 'sample' is '1'; expected a whole number"),

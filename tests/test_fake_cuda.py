@@ -176,7 +176,7 @@ def run_sampling(requests: list[Request], temperature: float, dtype: torch.dtype
     with fake_gpu() as watch, mock.patch.object(generation, "CACHE_BLOCK", 4):
         with torch.device("cuda"), default_dtype(dtype):
             lm = CausalLM(parse_config({**SHAPE, "vocab_size": 300, **changes}))
-        samples = sorted(generation.generate(lm, requests, (), temperature, rows=3))
+        samples = sorted(generation.generate(lm, requests, (), temperature, max_batch_size=3))
     assert [len(ids) for _, ids, _ in samples] == [request.max_new_tokens for request in requests]
     return watch
 

@@ -40,8 +40,8 @@ def full_logits(model, ids):
     """Logits at every position of one sequence, without a cache. (T, V)"""
     cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
     attend = partial(packed_attention, cu_seqlens=cu_seqlens, max_seqlen=len(ids))
-    attends = [attend] * model.config.num_hidden_layers
-    return model.logits(model.hidden(torch.tensor(ids), torch.arange(len(ids)), attends))
+    attention_fns = [attend] * model.config.num_hidden_layers
+    return model.logits(model.hidden(torch.tensor(ids), torch.arange(len(ids)), attention_fns))
 
 
 def make_requests(count=23, samples=3, vocab_size=61, seed=0, longest=40):
@@ -83,7 +83,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(monkeypatch, block):
         return original(logits, keys, positions, *rest)
 
     monkeypatch.setattr(generation, "sample", recording)
-    for index, ids, _ in generate(model, requests, stop_ids=(5,), rows=6):
+    for index, ids, _ in generate(model, requests, stop_ids=(5,), max_batch_size=6):
         request = requests[index]
         expected = full_logits(model, request.prompt_ids + ids)
         for j in range(len(ids)):
@@ -104,7 +104,7 @@ def test_greedy_is_the_likeliest_token_each_time():
 
 def test_stop_ids_and_limits():
     model, requests = tiny_model(), make_requests(count=40, samples=2)
-    finished = list(generate(model, requests, stop_ids=(5, 6), rows=7))
+    finished = list(generate(model, requests, stop_ids=(5, 6), max_batch_size=7))
     assert sorted(index for index, *_ in finished) == list(range(len(requests)))
     assert {reason for *_, reason in finished} == {"stop", "length"}
     for index, ids, reason in finished:
@@ -119,7 +119,7 @@ def test_samples_do_not_depend_on_order_rows_or_company(vocab_size):
     model, requests = tiny_model(vocab_size), make_requests(vocab_size=vocab_size)
 
     def draw(order, rows):
-        samples = generate(model, [requests[j] for j in order], (5,), rows=rows)
+        samples = generate(model, [requests[j] for j in order], (5,), max_batch_size=rows)
         return {order[i]: (ids, reason) for i, ids, reason in samples}
 
     everything = draw(range(len(requests)), 16)
@@ -138,16 +138,16 @@ def test_a_prompt_is_computed_once_for_its_samples_and_requests_are_taken_as_row
     monkeypatch.setattr(generation, "_prefill", lambda model, ids: prefills.append(ids) or original(model, ids))
     requests = make_requests(count=6, samples=4)
     stream = (taken.append(i) or request for i, request in enumerate(requests))
-    for done, _ in enumerate(generate(tiny_model(), stream, (), rows=3)):
+    for done, _ in enumerate(generate(tiny_model(), stream, (), max_batch_size=3)):
         assert len(taken) <= done + 1 + 3
     assert prefills == [request.prompt_ids for request in requests[::4]]
 
 
 def test_every_token_is_counted_while_it_is_drawn():
     counts, requests = [], make_requests(count=6, samples=2, longest=9)
-    for done, (_, ids, _) in enumerate(generate(tiny_model(), requests, (5,), rows=3, on_tokens=counts.append)):
+    for done, (_, ids, _) in enumerate(generate(tiny_model(), requests, (5,), max_batch_size=3, on_tokens=counts.append)):
         assert done or sum(counts) >= len(ids)  # told before the sample was finished
-    total = sum(len(ids) for _, ids, _ in generate(tiny_model(), requests, (5,), rows=3))
+    total = sum(len(ids) for _, ids, _ in generate(tiny_model(), requests, (5,), max_batch_size=3))
     assert sum(counts) == total and max(counts) == 3
 
 

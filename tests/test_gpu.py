@@ -113,7 +113,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(monkeypatch, dtype):
     monkeypatch.setattr(generation, "sample", recording)
     model = model.cuda()
     assert uses_flash(model.head_weight.new_empty(1, 1, 8)) == (dtype == torch.bfloat16)
-    for index, ids, _ in generate(model, requests, stop_ids=(5,), rows=6):
+    for index, ids, _ in generate(model, requests, stop_ids=(5,), max_batch_size=6):
         prompt, key = requests[index].prompt_ids, requests[index].key
         expected, alike = full_logits(exact, prompt + ids), full_logits(rounded, prompt + ids)
         for position in range(len(prompt), len(prompt) + len(ids)):
@@ -130,7 +130,7 @@ def test_samples_do_not_depend_on_growth_or_on_moved_rows(monkeypatch):
     model, requests, samples = tiny_model(head_dim=8).bfloat16().cuda(), make_requests(count=11), []
     for block in (8, 1024):
         monkeypatch.setattr(generation, "CACHE_BLOCK", block)
-        samples.append(sorted(generate(model, requests, (5,), temperature=0, rows=6)))
+        samples.append(sorted(generate(model, requests, (5,), temperature=0, max_batch_size=6)))
     same = sum(a == b for a, b in zip(*samples))
     assert same >= 0.9 * len(requests)  # keys are split otherwise where the cache is larger: sums may round otherwise
 

@@ -192,7 +192,7 @@ def test_pairs_that_differ_in_text_and_not_in_ids_are_left_out(tmp_path):
 def test_the_prefill_is_counted_as_training_counts_it(tmp_path):
     """The tokenizer merges ">" with a newline, and newlines with each other: encoded apart there are more tokens."""
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "tokenizer", QWEN_TEMPLATE))
-    texts = [f"{THINK}\n\\boxed{{{answer}}}" for answer in (2, 3)]
+    texts = [f"{THINK}\n</think>\\boxed{{{answer}}}" for answer in (2, 3)]
     apart, whole = (
         max(len(ids) + 1 for ids in tokenizer.encode_completions(texts, prefill, ["", ""])) for prefill in (THINK, ""))
     assert apart > whole
@@ -246,6 +246,49 @@ def test_traces_get_verdicts_from_the_checker(tmp_path):
         assert file.read_bytes() == (tmp_path / "2" / file.name).read_bytes()
 
 
+def test_samples_are_joined_with_their_problems(tmp_path):
+    """As evaluate.py writes them; what the limit cut off is neither a positive nor, with --truncated drop, a
+    negative, box or not."""
+    problems = write_rows(tmp_path / "train.jsonl", [
+        {"id": "a", "problem": "What is 1+1?", "answer": ["2", "two"], "generations": ["of a teacher"]},
+        {"id": "b", "problem": "What is 2+2?", "answer": 4}])  # fmt: skip
+    responses = [("b", solution(4), "length"), ("a", solution(3), "stop"), ("b", solution(5), "length"),
+                 ("a", solution("two"), "stop"), ("b", solution(6), None), ("b", solution("4.0"), "stop")]
+    samples = [{"id": id, "sample": i, "response": text, "finish_reason": reason, "tokens": 9, "answer": "x",
+                "correct": False} for i, (id, text, reason) in enumerate(responses)]  # fmt: skip
+    joined = ("traces", "--input", write_rows(tmp_path / "samples.jsonl", samples), "--problems", problems)
+
+    def pairs(*options):
+        rows = read_rows(prepare(*joined, "--output", tmp_path / "-".join(["out", *options]), *options) / "pairs.jsonl")
+        return [(row["id"], row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"])
+                for row in rows]  # fmt: skip
+
+    of_a = ("a", "What is 1+1?", solution("two"), solution(3))
+    assert pairs("--truncated", "incorrect") == [("b", "What is 2+2?", solution("4.0"), solution(4)), of_a]
+    assert pairs() == [("b", "What is 2+2?", solution("4.0"), solution(6)), of_a]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["problems"] == str(problems) and set(report["inputs"]) == {str(joined[2]), str(problems)}
+    assert report["positives"] == 2 and report["correct_generations"] == 2 and report["unboxed_generations"] == 2
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"id": "c", "response": "r"}, "id 'c' is not among the problems of train"),
+    ({"response": "r"}, "no key 'id', the id of a problem (found response)"),
+    ({"id": "a", "prompt": []}, "expected 'response' (a text, or a list of them)"),
+])
+def test_samples_that_cannot_be_joined(tmp_path, row, words):
+    problems = write_rows(tmp_path / "train.jsonl", [{"id": "a", "problem": "?", "answer": "1"}])
+    samples = write_rows(tmp_path / "samples.jsonl", [{"id": "a", "response": solution(1)}, row])
+    assert_raises("traces", "--input", samples, "--problems", problems, "--output", tmp_path / "out",
+                  parts=[f"{samples}, line 2: {words}"])  # fmt: skip
+
+
+def test_finish_reasons_that_do_not_fit(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [trace_row(finish_reasons=["stop"])])
+    assert_raises("traces", "--input", path, "--output", tmp_path / "out",
+                  parts=[f"{path}, line 1: 'finish_reasons' must be a list"])  # fmt: skip
+
+
 def test_verdicts_of_every_generation(tmp_path):
     rows = [trace_row(), trace_row(id="none", answer=None), trace_row(id=None, generations=[None, solution(2), ""]),
             trace_row(id="no", answer=9)]
@@ -263,6 +306,113 @@ def test_verdicts_of_every_generation(tmp_path):
     assert list(row) == ["id", "generation", "answer", "correct", "unboxed"]
     kinds = ("correct_generations", "incorrect_generations", "unboxed_generations")
     assert [report[kind] for kind in kinds] == [3, 4, 4]
+
+
+def selected(tmp_path, rows, *flags) -> tuple[list[str], list[tuple[str, str]], dict]:
+    """The positives, the pairs and the report of `traces`."""
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    out = prepare("traces", "--input", path, "--output", tmp_path / "out", "--overwrite", "--processes", 1, *flags)
+    positives = [row["completion"][0]["content"] for row in read_rows(out / "positives.jsonl")]
+    pairs = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in read_rows(out / "pairs.jsonl")]
+    return positives, pairs, read_report(out)
+
+
+@pytest.mark.parametrize("answer, right, wrong", [
+    ("6*12=72\n#### 72", "72", "6"), ("so 1,200 in all #### 1,200", "1200", "1"), ("$\\frac{3}{4}$", "3/4", "3"),
+    ("thus \\boxed{\\frac{1}{2}}.", "0.5", "2"), ("$$7$$", "7", "8"), (["#### 4", "four"], "four", "5"),
+    ("#### $\\boxed{9}$", "9", "1"),
+])  # fmt: skip
+def test_gold_texts_are_reduced_to_their_answer(tmp_path, answer, right, wrong):
+    row = trace_row(answer=answer, generations=[solution(wrong), solution(right)])
+    assert selected(tmp_path, [row])[:2] == ([solution(right)], [(solution(right), solution(wrong))])
+
+
+@pytest.mark.parametrize("answer", ["see the end of the text", "Nobody can ever know this", "####", float("nan"), {}])
+def test_gold_texts_without_an_answer_are_refused_by_their_line(tmp_path, answer):
+    rows = [trace_row(), trace_row(answer=answer)]
+    assert_raises("traces", "--input", write_rows(tmp_path / "rows.jsonl", rows), "--output", tmp_path / "out",
+                  parts=[f"{tmp_path / 'rows.jsonl'}, line 2: "])
+    single = [{"problem": "1 + 1?", "answer": row["answer"], "response": solution(2)} for row in rows]
+    assert_raises("traces", "--input", write_rows(tmp_path / "single.jsonl", single), "--output", tmp_path / "out",
+                  parts=[f"{tmp_path / 'single.jsonl'}, line 2: "])
+
+
+@pytest.mark.parametrize("unread, form", [
+    ("2+2 is\n#### 4", "hash_answers"), ("So the answer is 4.", "sentence_answers"),
+    ("The final answer is: **4**.", "sentence_answers"), ("that is $2+2=4$, so $4$ is it", "formula_answers"),
+])  # fmt: skip
+def test_a_generation_without_a_readable_answer_is_no_negative_unless_asked_for(tmp_path, unread, form):
+    boxed, wrong = solution(4), solution(5)
+    rows = [trace_row(answer=4, generations=[unread, boxed, wrong])]
+    assert selected(tmp_path, rows)[1] == [(boxed, wrong)]
+    assert selected(tmp_path, rows, "--truncated", "incorrect")[1] == [(boxed, unread)]
+    _, pairs, report = selected(tmp_path, rows, "--read-unboxed")
+    assert pairs == [(unread, wrong)]
+    kinds = ("hash_answers", "sentence_answers", "formula_answers", "unboxed_generations")
+    assert {kind: report[kind] for kind in kinds} == {**dict.fromkeys(kinds, 0), form: 1}
+
+
+@pytest.mark.parametrize("text", [
+    THINK + "maybe \\boxed{2}? let me", solution(3) + THINK + "or \\boxed{2}", THINK + "#### 2", THINK + "so $2$",
+])  # fmt: skip
+def test_a_cut_off_thought_is_never_chosen(tmp_path, text):
+    rows = [trace_row(generations=[text, solution(2), solution(7)])]
+    for flags in ((), ("--read-unboxed",)):
+        rejected = text if text.startswith(solution(3)) else solution(7)  # the first of two thoughts ends
+        assert selected(tmp_path, rows, *flags)[:2] == ([solution(2)], [(solution(2), rejected)])
+    chosen = selected(tmp_path, rows, "--open-thought-counts")[0]
+    assert chosen == [text if "boxed{2}" in text else solution(2)]
+
+
+@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", {"type": "length"}])
+def test_a_generation_that_reached_a_limit_is_never_chosen(tmp_path, reason):
+    generations = [solution(2, "cut"), solution(2), solution(7)]
+    rows = [trace_row(generations=generations, finish_reasons=[reason, "stop", None])]
+    assert selected(tmp_path, rows)[:2] == ([solution(2)], [(solution(2), solution(7))])
+
+
+@pytest.mark.parametrize("answers", [("4", 4), (4.0, "4"), ("4", [4]), ("#### 4", " 4 "), ("$4$", "4")])
+def test_rows_of_one_problem_are_grouped_by_the_answer_they_mean(tmp_path, answers):
+    rows = [{"problem": "2 + 2?", "answer": answer, "response": solution(value)}
+            for answer, value in zip(answers, (4, 5))]
+    assert selected(tmp_path, rows)[1] == [(solution(4), solution(5))]
+
+
+def test_a_warning_where_nearly_nothing_is_correct(tmp_path, capsys):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", [trace_row()])
+    bad = write_rows(folder / "b.jsonl", [trace_row(answer=8, generations=[solution(3)] * 150)])
+    prepare("traces", "--input", folder, "--output", tmp_path / "out")
+    [warning] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert str(bad) in warning and "0 of 150" in warning
+    nearly = trace_row(answer=8, generations=[solution(8)] + [solution(3)] * 149)
+    prepare("traces", "--input", write_rows(folder / "b.jsonl", [nearly]), "--output", tmp_path / "nearly")
+    assert "1 of 150" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names, taken", [
+    (["train-0.jsonl", "test-0.jsonl", "train-1.jsonl"], ["train-0.jsonl", "train-1.jsonl"]),
+    (["data/validation.jsonl", "data/train.jsonl"], ["data/train.jsonl"]),
+    (["train/0.jsonl", "dev/0.jsonl"], ["train/0.jsonl"]),
+    (["rows.jsonl", "rows_test.jsonl", "eval.jsonl"], ["rows.jsonl"]),
+    (["test-0.jsonl", "test-1.jsonl"], ["test-0.jsonl", "test-1.jsonl"]),
+    (["latest.jsonl", "contest.jsonl"], ["contest.jsonl", "latest.jsonl"]),
+    (["rows.jsonl", "more.csv", "old.jsonl.gz", "README.md", ".hidden"], ["rows.jsonl"]),
+])  # fmt: skip
+def test_the_train_split_is_taken_and_the_rest_is_named(tmp_path, capsys, names, taken):
+    folder = tmp_path / "rows"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(folder / name, [openr1_row(uuid=name)])
+    out = prepare("openr1", "--input", folder, "--output", tmp_path / "out")
+    assert [row["id"] for row in read_rows(out / "positives.jsonl")] == taken
+    passed_over = {*names} - {*taken, "README.md", ".hidden"}
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(str(folder))]
+    assert len(said) == bool(passed_over)
+    for line in said:
+        reads, _, passes_over = line.partition("passes over")
+        assert all(name in reads for name in taken) and all(name in passes_over for name in passed_over)
 
 
 def test_report_names_settings_and_inputs(tmp_path):
@@ -285,6 +435,7 @@ def test_report_names_settings_and_inputs(tmp_path):
     assert settings == {
         "command": "openr1", "input": str(folder), "verdict": "either", "exclude_sources": ["cn_k12"],
         "pairs_per_problem": 1, "negatives": "first", "truncated": "incorrect", "seed": 0, "prompt_template": "none",
+        "open_thought_counts": False,
         "system_prompt": None, "tokenizer": str(tokenizer), "max_prompt_tokens": 800, "max_response_tokens": 19000,
         "prefill": "<think>\n"}
 
@@ -343,6 +494,7 @@ def test_which_negatives_and_how_many(tmp_path):
 
     def rejected(*options):
         output = tmp_path / "-".join(["out", *map(str, options)])
+        options = options if "drop" in options else ("--truncated", "incorrect", *options)
         prepare("traces", "--input", path, "--output", output, *options)
         pairs = read_rows(output / "pairs.jsonl")
         assert {pair["chosen"][0]["content"] for pair in pairs} == {solution(2)}
@@ -407,13 +559,26 @@ def test_decontaminate(tmp_path):
     prepare("decontaminate", "--input", signs, "--against", signs, "--output", tmp_path / "signs")
     assert len(read_rows(tmp_path / "signs" / "signs.jsonl")) == 1  # no words, nothing shared
     assert_raises("decontaminate", "--input", first, first, "--against", other, "--output", tmp_path / "no",
-                  parts=["two files of one name"])
+                  parts=["two files have the same name"])
     for bad, part in ((first, "no text under 'problem'"), (write_rows(tmp_path / "e.jsonl", []), "no rows")):
         assert_raises("decontaminate", "--input", first, "--against", bad, "--output", tmp_path / "no",
                       parts=[bad, part])
     bad = write_rows(tmp_path / "b.jsonl", [rows[0], {"text": "x"}])
     assert_raises("decontaminate", "--input", bad, "--against", against, "--output", tmp_path / "no",
                   parts=[f"{bad}, line 2", "found text"])
+
+
+@pytest.mark.parametrize("problem, copy", [
+    ("已知正整数n满足下列方程，求所有可能的n的值之和。", "题目：已知正整数n满足下列方程的解是"),
+    ("次の方程式を満たす正の整数の和を求めよ。", "つぎの方程式を満たす正の整数の和はいくつか"),
+    ("求和", "求和"),
+])  # fmt: skip
+def test_decontaminate_texts_without_blanks(tmp_path, problem, copy):
+    against = write_rows(tmp_path / "bench.jsonl", [{"id": "b", "problem": problem}])
+    other = {"problem": "设函数f(x)在区间上连续，证明存在零点。"}
+    rows = write_rows(tmp_path / "rows.jsonl", [{"problem": copy}, other])
+    out = prepare("decontaminate", "--input", rows, "--against", against, "--output", tmp_path / "out")
+    assert read_rows(out / "rows.jsonl") == [other]
 
 
 def test_benchmarks_from_a_mirror_in_the_layout_of_the_hub(tmp_path, shared_data):
@@ -540,14 +705,14 @@ def test_broken_parquet(tmp_path):
         folder.mkdir()
         pyarrow.parquet.write_table(table, folder / "0.parquet")
         (folder / "1.parquet").write_bytes(damage((folder / "0.parquet").read_bytes()))
-        refused(folder, folder / "1.parquet", "not a whole parquet file")
+        refused(folder, folder / "1.parquet", "truncated or corrupt parquet file")
     data = (tmp_path / "truncated" / "0.parquet").read_bytes()
     (tmp_path / "damaged.parquet").write_bytes(data[:20] + bytes(400) + data[420:])
-    refused(tmp_path / "damaged.parquet", "damaged.parquet: damaged, or text that is not UTF-8")
+    refused(tmp_path / "damaged.parquet", "damaged.parquet: corrupt, or text that is not UTF-8")
     pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "none.parquet")
     refused(tmp_path / "none.parquet", "none.parquet: no rows")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "other.parquet")
-    refused(tmp_path / "other.parquet", "other.parquet: no column that is known here (found text)")
+    refused(tmp_path / "other.parquet", "other.parquet: no known column (found text)")
     names = ["question" if name == "problem" else name for name in table.column_names]
     pyarrow.parquet.write_table(table.rename_columns(names), tmp_path / "renamed.parquet")
     refused(tmp_path / "renamed.parquet", "renamed.parquet, row 1: no column 'problem'")
@@ -555,7 +720,7 @@ def test_broken_parquet(tmp_path):
     not_text = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, pyarrow.py_buffer(b"\xff.")])
     columns = {name: table.column(name).chunk(0).slice(0, 1) for name in table.column_names}
     pyarrow.parquet.write_table(pyarrow.table({**columns, "problem": not_text}), tmp_path / "latin.parquet")
-    refused(tmp_path / "latin.parquet", "latin.parquet: damaged, or text that is not UTF-8")
+    refused(tmp_path / "latin.parquet", "latin.parquet: corrupt, or text that is not UTF-8")
 
 
 def test_hint_when_pyarrow_is_missing(tmp_path, monkeypatch):

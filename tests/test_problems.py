@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from redi.problems import read_benchmark
+from redi.problems import gold_answers, read_benchmark
 from redi.evaluation.sample_store import scored
 
 
@@ -41,12 +41,31 @@ def test_samples_of_rows_without_an_id_and_other_spellings(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "answer, gold",
+    [
+        ("6*12=<<6*12=72>>72\n#### 72", ["72"]), ("$\\frac{1}{2}$", ["\\frac{1}{2}"]), ("$$x$$", ["x"]),
+        ("hence $\\boxed{5}$ or so", ["5"]), ("$69$,$84$", ["$69$,$84$"]), ("$5", ["$5"]), (["$1$", 2], ["1", "2"]),
+        ("$f(x)=ax+b$, where $b$ is an arbitrary integer", ["$f(x)=ax+b$, where $b$ is an arbitrary integer"]),
+        ("a + b + c + d + e", ["a + b + c + d + e"]), ("red, green, blue, black", ["red, green, blue, black"]),
+        ("no such integers", ["no such integers"]), ("there are 12 of these in all", ["there are 12 of these in all"]),
+    ],
+)  # fmt: skip
+def test_gold_answers(answer, gold):
+    assert gold_answers(answer) == gold
+
+
+@pytest.mark.parametrize(
     "line, message",
     [
-        ('{"id": "s0", "problem": "p", "answer": "1"}', "line 6: id 's0' is already that of line 1"),
+        ('{"id": "s0", "problem": "p", "answer": "1"}', "line 6: id 's0' is already used in line 1"),
         ('{"id": "n", "problem": "p"}', "line 6: expected an answer"),
         ('{"id": "n", "problem": "p", "answer": " "}', "line 6: expected an answer"),
         ('{"id": "n", "problem": "p", "answer": []}', "line 6: expected an answer"),
+        ('{"id": "n", "problem": "p", "answer": "the sum of all digits"}', "line 6: the gold answer 'the sum"),
+        ('{"id": "n", "problem": "p", "answer": ["4", "as was said before this"]}', "line 6: the gold answer 'as was"),
+        ('{"id": "n", "problem": "p", "answer": "so ####"}', "line 6: the gold answer 'so ####'"),
+        ('{"id": "n", "problem": "p", "answer": NaN}', "line 6: 'answer' must be a text, a number, or a list of them"),
+        ('{"id": "n", "problem": "p", "answer": {"value": 1}}', "line 6: 'answer' must be a text, a number"),
         ('{"id": "n", "problem": "p", "answer": ["1", null]}', "line 6: expected an answer"),
         ('{"id": "n", "problem": "p", "answer": true}', "line 6: 'answer' must be a text, a number, or a list of them"),
         ('{"id": "n", "problem": "p", "solution": "no box"}', "line 6: expected an answer"),

@@ -1,4 +1,4 @@
-"""Drawing a token from logits: temperature, top-p, and random numbers that depend on the sample alone. Torch only."""
+"""Sampling a token from logits: temperature, top-p, and random numbers that depend only on the sample. Torch only."""
 
 import hashlib
 from itertools import count
@@ -12,14 +12,13 @@ MASS_BLOCK = 128  # tokens of the vocabulary whose probabilities are summed toge
 def sample(
     logits: torch.Tensor, keys: list[int], positions: list[int], temperature: float, top_p: float
 ) -> list[int]:
-    """One token a row from logits (N, V): temperature, then fp32 softmax, then top-p.
+    """One token for each row of logits (N, V): temperature, then fp32 softmax, then top-p.
 
-    Top-p keeps the tokens for which the mass of all likelier tokens is below `top_p`. Drawing needs neither a
-    sort nor the kept set: a token is drawn from all and tested against that definition; if it fails, so does
-    every token that is no likelier, and the next draw is from the rest. 1 / top_p draws on average, or fewer.
-    The result is distributed as top-p says, since every set drawn from contains the kept one. Temperature 0
-    takes the likeliest token.
-    Raises ValueError when logits are not finite (-inf is allowed: a token of no probability).
+    Top-p keeps the tokens for which the mass of all more likely tokens is below `top_p`. Neither a sort nor the kept
+    set is needed: a token is drawn from all and tested against that definition; if it fails, so does every token that
+    is not more likely, and the next draw is from the more likely ones. This takes at most 1 / top_p draws on average,
+    and samples the top-p distribution, since every set drawn from contains the kept one. Temperature 0 takes the most
+    likely token. Raises ValueError when logits are not finite (-inf is allowed: a token of probability 0).
     """
     scaled = logits / temperature if temperature else logits
     if not scaled.amax(-1).isfinite().all():
@@ -43,13 +42,13 @@ def sample(
             return tokens
         pending = [pending[i] for i in retry]
         probs, limits, drawn = probs[retry], limits[retry], drawn[retry]
-        candidates = _likelier(probs, drawn)
+        candidates = _more_likely(probs, drawn)
 
 
 def _draw(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """For weights (N, V) and noise (N, 1) fp64 in [0, 1): the first token at which the running sum of the
-    weights exceeds that share of their total, (N, 1). First the block, then the place in it: a running sum
-    over the whole vocabulary is sequential, and took 50 times as long on CPU."""
+    """For weights (N, V) and noise (N, 1) fp64 in [0, 1): the first token at which the cumulative sum of the weights
+    exceeds that share of their total, (N, 1). First the block, then the token in it: a cumulative sum over the entire
+    vocabulary is sequential and took 50 times as long on CPU."""
     masses = _masses(weights)
     ends = masses.cumsum(-1)
     target = noise * ends[:, -1:]
@@ -57,7 +56,7 @@ def _draw(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     rows = torch.arange(len(weights), device=weights.device)
     within = weights.view(*masses.shape, MASS_BLOCK)[rows, block[:, 0]]  # (N, MASS_BLOCK)
     sums = within.double().cumsum(-1)
-    # Rounding may put the target just outside the block, where a token of no probability may stand.
+    # Rounding may put the target just outside the block, where a token may have probability 0.
     target = (target - (ends - masses).gather(1, block)).clamp(min=0).minimum(sums[:, -1:] * (1 - 2.0**-50))
     return block * MASS_BLOCK + torch.searchsorted(sums, target, right=True)
 
@@ -68,26 +67,26 @@ def _masses(weights: torch.Tensor) -> torch.Tensor:
 
 
 def in_nucleus(probs: torch.Tensor, tokens: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
-    """Whether all tokens that are likelier than `tokens` (N, 1) have less mass than `limits` (N, 1): (N, 1) bool.
+    """Whether all tokens that are more likely than `tokens` (N, 1) have less mass than `limits` (N, 1): (N, 1) bool.
     probs (N, V) with V a multiple of MASS_BLOCK."""
-    return _masses(_likelier(probs, tokens)).sum(-1, keepdim=True) < limits
+    return _masses(_more_likely(probs, tokens)).sum(-1, keepdim=True) < limits
 
 
-def _likelier(probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """probs (N, V) where they exceed that of the row's token (N, 1), else 0. A product with a 0/1 tensor of
-    the same dtype takes a tenth of the time of torch.where on CPU."""
+def _more_likely(probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """probs (N, V) where they exceed that of the row's token (N, 1), else 0. A product with a 0/1 tensor of the same
+    dtype takes a tenth of the time of torch.where on CPU."""
     exceeds = torch.gt(probs, probs.gather(-1, tokens), out=torch.empty_like(probs))
     return exceeds.mul_(probs)
 
 
 def sample_key(seed: int, problem_id: str, sample: int) -> int:
-    """64 bits that name the random numbers of one sample."""
+    """A 64-bit key for the random numbers of one sample."""
     text = f"{seed}\0{sample}\0{problem_id}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def uniform(key: int, position: int, attempt: int = 0) -> float:
-    """A number in [0, 1 - 2^-48]: splitmix64 (Steele, Lea and Flood 2014) at a place in its sequence."""
+    """A number in [0, 1 - 2^-48]: an element of the splitmix64 sequence (Steele, Lea and Flood 2014)."""
     mask = (1 << 64) - 1
     z = (key + ((position << 16) + attempt + 1) * 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask

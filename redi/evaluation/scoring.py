@@ -1,6 +1,7 @@
-"""Results: a row for each model and benchmark, the table on the screen, and results.json, which holds such rows."""
+"""Results: one row for each model and benchmark, the printed table, and results.json, which has these rows."""
 
 import math
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -8,14 +9,16 @@ import numpy as np
 
 from redi.evaluation.sample_store import Key, checker_version
 from redi.files import read_json, write_json
-from redi.problems import Benchmark
+from redi.problems import Benchmark, opens_thought, warn_if_none_correct
+
+MANY_OPEN = 0.9  # share of thoughts that never end, above which the prompt rather than a limit is the reason
 
 
 def summarise(benchmark: Benchmark, samples: dict[Key, dict], k: int, settings: dict) -> dict:
     """One row of results over samples 0 to k-1 of every problem.
 
-    sem, sem_problems: standard errors of pass@1 (redi/metrics.py). Shares: boxed, of responses with an answer in a box;
-    truncated, of those that a limit ended. None where samples made elsewhere do not tell.
+    sem, sem_problems: see `pass_at_1`. Shares of responses: boxed, with an answer in a box; truncated, that reached a
+    limit; open_thoughts, with a thought that never ends. None where samples of another engine lack the information.
     """
     rows = [samples[id, sample] for id in benchmark.problems for sample in range(k)]
     correct = np.array([row["correct"] for row in rows]).reshape(-1, k)
@@ -33,6 +36,7 @@ def summarise(benchmark: Benchmark, samples: dict[Key, dict], k: int, settings: 
         "pass@k": {str(i): pass_at_k(correct, i) for i in sorted({*(2**j for j in range(k.bit_length())), k})},
         "boxed": sum(row["answer"] is not None for row in rows) / len(rows),
         "truncated": None if None in reasons else reasons.count("length") / len(rows),
+        "open_thoughts": sum(opens_thought(row["response"]) for row in rows) / len(rows),
         "mean_tokens": None if total is None else total / len(rows),
         "waits_per_response": waits / len(rows),
         "waits_per_token": waits / total if total else None,
@@ -45,7 +49,7 @@ def summarise(benchmark: Benchmark, samples: dict[Key, dict], k: int, settings: 
 
 
 def report(table: list[dict], output: str | None) -> None:
-    """Print the rows, and put them into OUTPUT/results.json beside those of other models and benchmarks."""
+    """Print the rows and write them to OUTPUT/results.json beside those of other models and benchmarks."""
     lines = [("benchmark", "model", "n", "pass@1", "± runs", "± problems", "pass@k", "boxed", "truncated", "tokens")]
     for row in sorted(table, key=lambda row: row["benchmark"]):
         k, tokens = str(row["samples"]), row["mean_tokens"]
@@ -64,18 +68,25 @@ def report(table: list[dict], output: str | None) -> None:
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    for row in table:
+        name, count = f"{row['benchmark']}, {row['model']}", row["problems"] * row["samples"]
+        warn_if_none_correct(name, round(row["pass@1"] * count), count)
+        if row["open_thoughts"] >= MANY_OPEN and not row["open_thought_counts"]:
+            open_thoughts = round(row["open_thoughts"] * count)
+            print(f"warning: {name}: {open_thoughts} of {count} responses never close the thought that the prefill "
+                  "opens, which counts as no answer; --prefill ''?", file=sys.stderr)
     if not output:
         return
     path = Path(output) / "results.json"
     before = read_results(path) if path.exists() else []
     rows = {(row["benchmark"], row["model"]): row for row in [*before, *table]}
-    for leftover in path.parent.glob(f"{path.name}.partial-*"):  # of a run killed just here
+    for leftover in path.parent.glob(f"{path.name}.partial-*"):  # of a killed run
         leftover.unlink()
     write_json(path, {"results": [rows[key] for key in sorted(rows)]})
 
 
 def read_results(path: Path) -> list[dict]:
-    """The rows of a results.json. Raises ValueError naming a file that is none."""
+    """The rows of a results.json. Raises ValueError naming an invalid file."""
     rows = read_json(path).get("results")
     texts, numbers = ("benchmark", "model", "path"), ("pass@1", "sem")
     for row in rows if isinstance(rows, list) else [None]:
@@ -92,22 +103,22 @@ def pass_at_1(correct: np.ndarray) -> tuple[float, float | None, float | None]:
     """Mean of correct (n problems, k samples) bool, its standard error over runs, and its standard error over problems.
 
     Over runs, as in the paper (Appendix C.5): each of the k columns is one run over the benchmark with its own
-    accuracy. It tells how much other samples of the same problems would differ. None for k = 1.
-    Over problems: each of the n rows is one problem with its own accuracy. It tells how much the same number of
-    other problems of this kind, and samples of them, would differ. None for n = 1.
+    accuracy; the error describes other samples of the same problems. None for k = 1.
+    Over problems: each of the n rows is one problem with its own accuracy; the error describes the same number of
+    other problems of this kind, with their samples. None for n = 1.
     """
     runs, problems = correct.mean(axis=0), correct.mean(axis=1)
     return float(runs.mean()), _standard_error(runs), _standard_error(problems)
 
 
 def _standard_error(values: np.ndarray) -> float | None:
-    """Of the mean of n independent values: their sample standard deviation (ddof 1) / √n; None for one value."""
+    """Standard error of the mean of n values: their sample standard deviation (ddof 1) / √n; None for one value."""
     n = len(values)
     return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> float:
-    """Probability that k of a problem's n samples, drawn without replacement, hold a correct one: the mean.
+    """Probability that k of a problem's n samples, drawn without replacement, include a correct one: the mean.
 
     1 - C(n - c, k) / C(n, k) for c correct of n (Chen et al. 2021, Eq. 1). correct: (problems, n), k <= n.
     """

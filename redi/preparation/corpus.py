@@ -1,79 +1,95 @@
-"""Rows of a teacher's traces in: parquet or JSONL, from this machine or the hub, one row per problem. No torch."""
+"""Reading teacher traces: parquet or JSONL, local or from the hub, one row per problem; worker processes. No torch."""
 
 import collections
-import fnmatch
 import hashlib
 import importlib.util
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sqlite3
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from redi.cli import SIGNALS, end_with_parent
+from redi.evaluation.sample_store import sample_id, sample_outputs
 from redi.files import error_context, file_digest, read_jsonl, resolve_directory
+from redi.problems import Benchmark, gold_answers
 
 # Of a parquet file, only these are read.
 COLUMNS = (
     "id", "uuid", "unique_id", "problem", "question", "answer", "final_answer", "source", "problem_is_valid",
-    "generations", "generation", "response", "correctness", "correctness_llama", "correctness_math_verify",
+    "generations", "generation", "response", "finish_reason", "finish_reasons", "correctness", "correctness_llama",
+    "correctness_math_verify",
 )
+# The split that a file's name tells.
+SPLIT = re.compile(r"(?<![a-z])(train|training|test|testing|validation|valid|val|dev|eval|evaluation)(?![a-z])")
 CHUNK_ROWS, CHUNK_CHARACTERS = 64, 1 << 20
 
 
 def input_files(path_or_hub_id: str) -> dict[str, Path]:
-    """The files behind --input, by name.
-
-    A file; or of a directory or a dataset on the hub the parquet files, else the JSONL files. Of a dataset that
-    keeps several configurations these are those of the default one, which lies in data/. Raises ValueError.
-    """
+    """The files behind --input, by name: a file; or those that `training_files` takes of a directory or of a dataset
+    on the hub, in which case the files that it passes over are printed. Raises ValueError."""
     path = Path(path_or_hub_id)
     if path.exists() and not path.is_dir():
         if path.suffix not in (".parquet", ".jsonl"):
             raise ValueError(f"{path}: expected a .parquet or .jsonl file")
         return {str(path): path}
+    listed = []
+    files = find_files(path_or_hub_id, lambda names: listed.append(names) or training_files(names))
+    if not files:
+        raise ValueError(f"{path_or_hub_id}: no .parquet or .jsonl file in it")
+    others = [name for name in listed[0] if str(path / name) not in files]
+    if passed_over := [name for name in others if not re.search(r"(^|/)\.|\.md$", name)]:
+        taken = [str(Path(name).relative_to(path)) for name in files]
+        print(f"{path_or_hub_id}: reads {_some(taken)}; passes over {_some(passed_over)}", file=sys.stderr)
+    return files
+
+
+def training_files(names: list[str]) -> list[str]:
+    """Of the files in a dataset, given by their names in it: the parquet files, else the JSONL files, of the default
+    configuration, which lies in data/ if there are several. Where names tell the splits, those of the train split,
+    else those of no split, else all."""
     for folder in ("data/", ""):
-        found = find_files(path_or_hub_id, [f"{folder}*.parquet", f"{folder}*.jsonl"])
-        if found:
-            kind = ".parquet" if any(path.suffix == ".parquet" for path in found.values()) else ".jsonl"
-            return {name: path for name, path in found.items() if path.suffix == kind}
-    raise ValueError(f"{path_or_hub_id}: no .parquet or .jsonl file in it")
+        for suffix in (".parquet", ".jsonl"):
+            splits = {name: SPLIT.findall(name.lower()) for name in names
+                      if name.startswith(folder) and name.endswith(suffix)}  # fmt: skip
+            if splits:
+                train = [name for name, words in splits.items() if words and words[-1].startswith("train")]
+                return train or [name for name, words in splits.items() if not words] or list(splits)
+    return []
 
 
-def find_files(path_or_hub_id: str | Path, patterns: list[str]) -> dict[str, Path]:
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more files" if len(names) > 5 else "")
+
+
+def find_files(path_or_hub_id: str | Path, choose: Callable[[list[str]], list[str]]) -> dict[str, Path]:
     """Files of a directory, or of a dataset on the hub, by name: path_or_hub_id/path in it. Sorted.
 
-    patterns: globs, whose * matches a / too. Raises ValueError.
+    choose: takes all paths in it, and returns those wanted; of a dataset no others are downloaded. Raises ValueError.
     """
+    patterns = ["*.parquet", "*.jsonl"]
     if not Path(path_or_hub_id).exists():
-        _ask_for_pyarrow(str(path_or_hub_id), patterns)
+        from huggingface_hub import HfApi  # takes 0.2 s to import: only where a hub id is given
+
+        try:
+            listed = [file.rfilename for file in HfApi().dataset_info(str(path_or_hub_id)).siblings]
+        except (OSError, ValueError):  # offline, for instance: the cache may have it, else resolve_directory raises
+            pass
+        else:
+            patterns = choose(sorted(listed))
+            parquet = [name for name in patterns if name.endswith(".parquet")]
+            if parquet and importlib.util.find_spec("pyarrow") is None:  # before gigabytes are downloaded
+                raise _lacks_pyarrow(f"{path_or_hub_id}/{parquet[0]}")
     directory = resolve_directory(path_or_hub_id, patterns, "dataset")
-    found = {}
-    for path in sorted(path for path in directory.rglob("*") if not path.is_dir()):
-        name = str(path.relative_to(directory))
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            found[str(Path(path_or_hub_id, name))] = path
-    return found
-
-
-def _ask_for_pyarrow(hub_id: str, patterns: list[str]) -> None:
-    """Raises ValueError where parquet files would be downloaded, gigabytes perhaps, that cannot be read here."""
-    if importlib.util.find_spec("pyarrow") is not None:
-        return
-    from huggingface_hub import HfApi  # takes 0.2 s to import: only where a hub id is given
-
-    try:
-        names = [file.rfilename for file in HfApi().dataset_info(hub_id).siblings]
-    except (OSError, ValueError):
-        return  # resolve_directory, which asks again, says what is wrong
-    wanted = [name for pattern in patterns for name in fnmatch.filter(names, pattern)]
-    if parquet := [name for name in wanted if name.endswith(".parquet")]:
-        raise _lacks_pyarrow(f"{hub_id}/{parquet[0]}")
+    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
+    return {str(Path(path_or_hub_id, name)): directory / name for name in choose(names)}
 
 
 def _lacks_pyarrow(name: str | Path) -> ValueError:
@@ -81,13 +97,13 @@ def _lacks_pyarrow(name: str | Path) -> ValueError:
 
 
 def digests(files: dict[str, Path]) -> dict[str, str | None]:
-    """SHA-256 of files by name; None of a pipe, which can be read but once."""
+    """SHA-256 of files by name; None for a pipe, which can be read only once."""
     return {name: file_digest(path) if path.is_file() else None for name, path in files.items()}
 
 
 def count_rows(files: Iterable[Path]) -> int | None:
-    """How many rows there are where that is known beforehand (parquet). Opens every parquet file, so that a broken
-    shard is found before the work begins. Raises ValueError naming it."""
+    """The number of rows where it is known beforehand (parquet). Opens every parquet file, so that a corrupt shard is
+    found first. Raises ValueError naming it."""
     total = 0
     for file in files:
         if file.suffix == ".parquet":
@@ -121,7 +137,7 @@ def _open_parquet(file: Path):
     try:
         return pyarrow.parquet.ParquetFile(file, pre_buffer=False)  # whole row groups ahead take memory
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a whole parquet file ({_one_line(error)})") from None
+        raise ValueError(f"{file}: truncated or corrupt parquet file ({_one_line(error)})") from None
 
 
 def _read_parquet(file: Path) -> Iterator[dict]:
@@ -132,12 +148,12 @@ def _read_parquet(file: Path) -> Iterator[dict]:
         found = parquet.schema_arrow.names
         columns = [name for name in found if name in COLUMNS]
         if not columns:
-            raise ValueError(f"{file}: no column that is known here (found {', '.join(found)})")
+            raise ValueError(f"{file}: no known column (found {', '.join(found)})")
         try:
             for batch in parquet.iter_batches(batch_size=CHUNK_ROWS, columns=columns):
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: damaged, or text that is not UTF-8 ({_one_line(error)})") from None
+            raise ValueError(f"{file}: corrupt, or text that is not UTF-8 ({_one_line(error)})") from None
 
 
 def _one_line(error: Exception) -> str:
@@ -145,8 +161,9 @@ def _one_line(error: Exception) -> str:
 
 
 def one_row_per_problem(rows: Iterable[tuple[str, dict]], path: Path) -> Iterator[tuple[str, dict]]:
-    """Rows of one generation each, brought together by problem and answer, in the order in which the problems
-    first appear; rows that have `generations` pass as they are. They wait in a file at `path`, not in memory.
+    """Group rows of one generation each by problem and answer, in the order in which the problems first appear, with
+    lists `generations` and `finish_reasons`. Rows with `generations` pass unchanged. The rows are stored in a file at
+    `path`, not in memory.
 
     Raises ValueError naming the place of a row that lacks a column.
     """
@@ -165,15 +182,16 @@ def one_row_per_problem(rows: Iterable[tuple[str, dict]], path: Path) -> Iterato
         for place, row in rows:
             with error_context(place):
                 require(row, "problem", "answer", column)
-            problem = digest(json.dumps([row["problem"], row["answer"]]))
+                problem = digest(json.dumps([row["problem"], gold_answers(row["answer"])]))  # "4" and 4 are one
             row = json.dumps({name: value for name, value in row.items() if name in COLUMNS})
             database.execute("INSERT INTO rows (problem, place, row) VALUES (?, ?, ?)", (problem, place, row))
         database.execute("CREATE INDEX by_problem ON rows (problem, number)")
         database.execute("COMMIT")
         for problem, _ in database.execute("SELECT problem, MIN(number) FROM rows GROUP BY problem ORDER BY 2"):
             same = database.execute("SELECT place, row FROM rows WHERE problem = ? ORDER BY number", [problem])
-            (place, row), *others = ((place, json.loads(row)) for place, row in same)
-            yield place, {**row, "generations": [row.get(column), *(other.get(column) for _, other in others)]}
+            places, members = zip(*((place, json.loads(row)) for place, row in same))
+            lists = {"generations": column, "finish_reasons": "finish_reason"}
+            yield places[0], {**members[0], **{key: [row.get(name) for row in members] for key, name in lists.items()}}
     except sqlite3.Error as error:
         raise ValueError(f"{path}: {error}") from None
     finally:
@@ -181,8 +199,23 @@ def one_row_per_problem(rows: Iterable[tuple[str, dict]], path: Path) -> Iterato
         path.unlink(missing_ok=True)
 
 
+def with_problems(rows: Iterable[tuple[str, dict]], benchmark: Benchmark) -> Iterator[tuple[str, dict]]:
+    """Join samples as evaluate.py writes and scores them (id, response, finish_reason) with the problem and the gold
+    answers of their id, one row for each generation. Raises ValueError naming the place of an invalid row."""
+    for place, row in rows:
+        with error_context(place):
+            id = sample_id(row)
+            if id not in benchmark.problems:
+                raise ValueError(f"id {id!r} is not among the problems of {benchmark.name}")
+            outputs = list(sample_outputs(row))
+        problem = {"id": id, "problem": benchmark.problems[id], "answer": benchmark.answers[id]}
+        for output in outputs:
+            sample = {"response": output["response"], "finish_reason": output["finish_reason"]}
+            yield place, {**problem, **sample, "source": row.get("source")}
+
+
 def in_chunks(rows: Iterable[tuple[str, dict]]) -> Iterator[list[tuple[str, dict]]]:
-    """Lists of rows bounded in number and in text, so that memory depends on neither corpus nor length."""
+    """Lists of rows, bounded in number and in text, so that memory depends on neither the corpus nor the lengths."""
     chunk, characters = [], 0
     for place, row in rows:
         generations = row.get("generations")
@@ -249,7 +282,7 @@ def require(row: dict, *names: str) -> None:
 
 
 def row_id(row: dict) -> str:
-    """The row's own id, else one made of its problem."""
+    """The row's own id, else a digest of its problem."""
     own = next((row[name] for name in ("id", "uuid", "unique_id") if row.get(name) not in (None, "")), None)
     return str(own) if own is not None else digest(row["problem"])
 

@@ -1,4 +1,4 @@
-"""Training rows whose problem shares a run of words with an evaluation problem, left out. No torch."""
+"""Removing training rows whose problem shares an n-gram of words with an evaluation problem. No torch."""
 
 import re
 import unicodedata
@@ -9,12 +9,16 @@ from tqdm import tqdm
 
 from redi.files import error_context, json_line, read_jsonl
 
+CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
+
 
 def decontaminate(inputs: list[Path], against: list[Path], ngram: int, examples: int, directory: Path) -> dict:
-    """Copy JSONL files into a directory without the rows that share `ngram` words in a row with a problem in `against`.
+    """Copy JSONL files into a directory without the rows that share `ngram` consecutive words with a problem
+    in `against`.
 
-    Returns, per file, the rows read, kept and dropped, and those dropped by each benchmark; and of each file and
-    benchmark the first few (`examples`). Raises ValueError naming file and line.
+    Returns, per file, the rows read, kept and dropped, and those dropped by each benchmark; and the first few
+    (`examples`) of each file and benchmark. Raises ValueError naming file and line.
     """
     benchmarks = ngrams_of_benchmarks(against, ngram)
     report = {"files": {}, "examples": []}
@@ -64,9 +68,9 @@ def ngrams_of_benchmarks(paths: list[Path], n: int) -> dict[str, dict[str, str]]
 
 
 def word_ngrams(text: str, n: int) -> Iterator[str]:
-    """Every run of n words, after Unicode normalisation, without case and punctuation; a text that has fewer
-    words is one run."""
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
+    """Every n-gram of words, after Unicode normalisation, without case and punctuation; a text with fewer words is
+    one n-gram. Chinese and Japanese have no blanks between words: each character counts as a word."""
+    words = WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     for start in range(max(len(words) - n + 1, min(len(words), 1))):
         yield " ".join(words[start : start + n])
 

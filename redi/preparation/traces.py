@@ -1,38 +1,47 @@
-"""The paper's rule: which of a teacher's generations for a problem is y_w, to be imitated, and which are y_l.
+"""Selection rule of the paper: which of a teacher's generations for a problem is y_w (chosen), and which are y_l.
 
-y_w is the first correct generation; y_l is the first incorrect one, or others that `select` is asked for.
+y_w is the first correct generation; y_l is the first incorrect one, or others as `select` is asked.
 """
 
 import itertools
 import random
+import re
 
-from redi.answer_checker import extract_answer
+from redi.answer_checker import MAX_CHARS, answers_match, extract_answer
+from redi.evaluation.sample_store import finish_reason
 from redi.preparation.corpus import require
-from redi.problems import gold_answers, judge
+from redi.problems import gold_answers
 
-# What becomes of a row, in the order in which it is asked. Every row is counted as read and once more up to
-# positives; a positive may give pairs, of which too_long and same_ids are left out of pairs.jsonl.
+# Outcomes of a row, in the order of the tests. Every row counts as read and once more up to positives; a positive may
+# give pairs, of which too_long and same_ids are not written to pairs.jsonl.
 OUTCOMES = (
     "read", "invalid_problem", "excluded_source", "no_problem", "no_answer", "no_generations", "mismatched_verdicts",
     "no_correct", "positives", "pairs", "too_long", "same_ids", "pairs_written",
 )
 
-# What the checker finds of a generation: incorrect and unboxed ones (cut off, say: no closed box) are not correct.
-GENERATIONS = ("correct_generations", "incorrect_generations", "unboxed_generations")
+# Answers outside a box, where --read-unboxed asks for them: GSM8K's, at the end of a response, the last formula.
+UNBOXED_ANSWERS = {
+    "hash_answers": re.compile(r"####[ \t]*(\S.*)"),
+    "sentence_answers": re.compile(r"\banswer(?: is|:)[ \t*:]*(\S.*?)[.\s*]*\Z", re.IGNORECASE),
+    "formula_answers": re.compile(r"\$([^$\n]+)\$"),
+}
+
+# The checker's verdicts on generations; unboxed ones have no answer that was read (truncated, for instance).
+GENERATIONS = ("correct_generations", "incorrect_generations", "unboxed_generations", *UNBOXED_ANSWERS)
 
 
 class SkipRow(Exception):
-    """Raised for a row that gives no training data, with the outcome that says why."""
+    """Raised for a row that gives no training data, with its outcome."""
 
 
 def openr1_verdicts(row: dict, verdict: str, exclude_sources: list[str]) -> list[bool]:
-    """Which generations are correct by the verdicts that the row carries: of "math_verify", "llama", "both" (the
-    paper) or "either".
+    """Which generations are correct by the verdicts in the row: of "math_verify", "llama", "both" (the paper) or
+    "either".
 
     Layouts: OpenR1-Math-Raw (a struct `correctness`), OpenR1-Math-220k (`correctness_llama` and
-    `correctness_math_verify`; its problems were all found valid, so that it has no problem_is_valid), and the
-    flattened OpenR1-Math-Raw without a Llama verdict. Raises SkipRow; and ValueError for a column that is missing or
-    of another type.
+    `correctness_math_verify`; all of its problems are valid, so there is no problem_is_valid), and the flattened
+    OpenR1-Math-Raw without a Llama verdict. Raises SkipRow; and ValueError for a column that is missing or has
+    another type.
     """
     require(row, "problem", "generations", "source")
     if "correctness" in row:
@@ -71,16 +80,49 @@ def openr1_verdicts(row: dict, verdict: str, exclude_sources: list[str]) -> list
     return [agree(map(bool, of_one)) for of_one in zip(*lists)]  # None, not judged, counts as false
 
 
-def own_verdicts(row: dict, exclude_sources: list[str]) -> tuple[list[str | None], list[bool]]:
-    """The final answer of every generation (None: no closed box), and whether our answer checker finds it equal to
-    one of the gold ones. Raises SkipRow; and ValueError for a column that is missing or of another type."""
+def own_verdicts(
+    row: dict, exclude_sources: list[str], open_thought_counts: bool, read_unboxed: bool
+) -> tuple[list[str | None], list[bool], list[str]]:
+    """`final_answers` with, between the two, whether our answer checker finds each equal to a gold one.
+
+    Raises SkipRow; and ValueError for a column that is missing or has another type, and an unreadable gold answer.
+    """
     require(row, "problem", "answer", "generations")
     _check(row, exclude_sources)
     gold = gold_answers(row["answer"])
     if not gold:
         raise SkipRow("no_answer")
-    verdicts = [judge(text or "", gold) for text in row["generations"]]
-    return [answer for answer, _ in verdicts], [correct for _, correct in verdicts]
+    answers, forms = final_answers(row, open_thought_counts, read_unboxed)
+    correct = [answer is not None and any(answers_match(answer, one) for one in gold) for answer in answers]
+    return answers, correct, forms
+
+
+def final_answers(row: dict, open_thought_counts: bool, read_unboxed: bool) -> tuple[list[str | None], list[str]]:
+    """The final answer of every generation (None: none that can be read, or the generation reached a limit), and the
+    keys of UNBOXED_ANSWERS by which answers were read. Raises ValueError for invalid `finish_reasons`."""
+    reasons = row.get("finish_reasons") or [None] * len(row["generations"])
+    if not isinstance(reasons, list) or len(reasons) != len(row["generations"]):
+        raise ValueError(f"'finish_reasons' must be a list with one entry for each generation, found "
+                         f"{str(reasons)[:80]}")
+    answers, forms = [], []
+    for text, reason in zip(row["generations"], reasons):
+        answer, form = None, None
+        if text and finish_reason(reason) != "length":
+            answer = extract_answer(text, open_thought_counts)
+            if answer is None and read_unboxed:
+                answer, form = _unboxed_answer(text)
+        answers.append(answer)
+        forms += [form] if form else []
+    return answers, forms
+
+
+def _unboxed_answer(text: str) -> tuple[str | None, str | None]:
+    """An answer outside a box, not in a thought that never ends, and its key in UNBOXED_ANSWERS."""
+    text = text.rpartition("</think>")[2][-MAX_CHARS:]  # the checker reads no longer answer
+    for form, pattern in UNBOXED_ANSWERS.items():
+        if "<think>" not in text and (found := pattern.findall(text)):
+            return found[-1].strip(), form
+    return None, None
 
 
 def _check(row: dict, exclude_sources: list[str]) -> None:
@@ -102,17 +144,16 @@ def _check(row: dict, exclude_sources: list[str]) -> None:
 
 
 def select(
-    generations: list[str | None], correct: list[bool], negatives: str, truncated: str, limit: int, seed: str
+    generations: list[str | None], correct: list[bool], usable: list[bool], negatives: str, limit: int, seed: str
 ) -> tuple[str, list[str]]:
-    """y_w, and the responses y_l that it is paired with.
+    """y_w, and up to `limit` responses y_l to pair it with.
 
-    negatives: which incorrect ones: the "first", "shortest", "longest" (in characters) or a "random" draw with this
-    seed, up to `limit`; truncated: "drop" leaves out generations without a closed box. A generation without text is
-    neither correct nor incorrect; one equal to y_w teaches nothing against it. Raises SkipRow where none is correct.
+    negatives: the "first" incorrect ones, the "shortest", the "longest" (in characters) or a "random" draw with this
+    seed. A generation that is not usable, or has no text, is neither correct nor incorrect; one equal to y_w is no
+    negative. Raises SkipRow where none is correct.
     """
-    texts = [(text, verdict) for text, verdict in zip(generations, correct) if text and text.strip()]
-    if truncated == "drop":
-        texts = [(text, verdict) for text, verdict in texts if extract_answer(text) is not None]
+    texts = [(text, verdict) for text, verdict, use in zip(generations, correct, usable) if use and text and
+             text.strip()]  # fmt: skip
     chosen = next((text for text, verdict in texts if verdict), None)
     if chosen is None:
         raise SkipRow("no_correct")

@@ -306,7 +306,7 @@ def decode(model, lengths: list[int], new_tokens: int) -> float:
     requests = [Request([7] * n, sample_key(0, "problem", i), new_tokens) for i, n in enumerate(lengths)]
     synchronize(model.head_weight.device.type)
     started = time.perf_counter()
-    for _ in generate(model, requests, stop_ids=[], rows=len(requests)):
+    for _ in generate(model, requests, stop_ids=[], max_batch_size=len(requests)):
         pass
     synchronize(model.head_weight.device.type)
     return time.perf_counter() - started
