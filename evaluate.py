@@ -31,7 +31,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from redi.cli import Parser, not_negative, number, positive_int, run_command
-from redi.distributed import hide_bar, init_process_group, local_rank, rank, world_size
+from redi.distributed import init_process_group, local_rank, rank, world_size
 from redi.evaluation.generation import Request, generate
 from redi.evaluation.sample_store import SampleStore, read_responses, scored
 from redi.evaluation.sampling import sample_key
@@ -43,7 +43,7 @@ from redi.model import CausalLM
 from redi.problems import PROMPT_TEMPLATES, Benchmark, opens_thought, read_benchmark, user_message
 from redi.tokenizer import PREFILL, TOKENIZER_FILES, Tokenizer
 
-SECONDS_BETWEEN_LINES = 30  # of progress where there is no terminal
+SECONDS_BETWEEN_LINES = 30  # of progress in the log of a batch job
 # The code that makes a sample. Its verdict is computed again at each run.
 SAMPLING_CODE = (
     "evaluate.py", "redi/attention.py", "redi/evaluation/generation.py", "redi/evaluation/sampling.py",
@@ -168,10 +168,22 @@ def draw(model: Model, missing: list[tuple[SampleStore, str, int, Request]], arg
         return
     weights = load_pretrained(model.directory, device, DTYPES[model.dtype]).eval()
     max_batch_size = args.rows or (64 if device.type == "cuda" else 16)
-    progress = Progress(model.name, len(missing))
-    generated = generate(weights, [request for *_, request in missing], model.tokenizer.stop_ids, args.temperature,
-                         args.top_p, max_batch_size, progress.count_tokens)
-    with progress.bar:
+    requests = [request for *_, request in missing]
+    share = f" (rank 0 of {world_size()})" if world_size() > 1 else ""
+    seconds = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+    bar = tqdm(desc=model.name + share, total=len(missing), unit="sample", disable=rank() > 0, smoothing=0,
+               mininterval=seconds, miniters=0, delay=seconds)  # fmt: skip
+    started, tokens = time.monotonic(), 0
+
+    def count_tokens(count: int) -> None:
+        nonlocal tokens
+        tokens += count
+        bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
+        bar.update(0)
+
+    generated = generate(weights, requests, model.tokenizer.stop_ids, args.temperature, args.top_p, max_batch_size,
+                         count_tokens)  # fmt: skip
+    with bar:
         for index, ids, finish_reason in generated:
             store, id, sample, _ = missing[index]
             text_ids = ids[:-1] if finish_reason == "stop" else ids
@@ -183,29 +195,7 @@ def draw(model: Model, missing: list[tuple[SampleStore, str, int, Request]], arg
                 "tokens": len(ids),
             }
             store.append(store.scored(row), rank())
-            progress.count_sample()
-
-
-class Progress:
-    """Progress of rank 0's share of the samples: a bar on a terminal, lines elsewhere (the log of a batch job)."""
-
-    def __init__(self, name: str, total: int):
-        self.bar = tqdm(desc=name, total=total, unit="sample", disable=hide_bar(), smoothing=0)
-        self.name, self.total, self.samples, self.tokens = name, total, 0, 0
-        self.started = self.last_line = time.monotonic()
-
-    def count_sample(self) -> None:
-        self.samples += 1
-        self.bar.update()
-
-    def count_tokens(self, count: int) -> None:
-        self.tokens += count
-        now = time.monotonic()
-        if rank() == 0 and self.bar.disable and now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            whose = f" of the first of {world_size()} processes" if world_size() > 1 else ""
-            print(f"{self.name}: {self.samples} of {self.total} samples{whose}, "
-                  f"{self.tokens / (now - self.started):.0f} tokens/s", file=sys.stderr, flush=True)
+            bar.update()
 
 
 def wait_for_all(group) -> None:

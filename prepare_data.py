@@ -18,37 +18,15 @@ import collections
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
+from redi import problems
 from redi.cli import Parser, count, positive_int, run_command
 from redi.files import error_context, json_line, new_directory, write_json
-from redi.preparation.corpus import (
-    count_rows,
-    digests,
-    find_files,
-    in_chunks,
-    in_parallel,
-    input_files,
-    one_row_per_problem,
-    read_rows,
-    require,
-    row_id,
-    with_problems,
-)
-from redi.preparation.decontamination import decontaminate
+from redi.preparation import corpus, decontamination
 from redi.preparation.traces import GENERATIONS, OUTCOMES, SkipRow, final_answers, openr1_verdicts, own_verdicts, select
-from redi.problems import (
-    PROMPT_TEMPLATES,
-    assistant_message,
-    gold_answers,
-    gold_texts,
-    read_benchmark,
-    user_message,
-    warn_if_none_correct,
-)
 from redi.rows import Example, TokenSettings, encode
 from redi.tokenizer import PREFILL, TOKENIZER_FILES, Tokenizer
 
@@ -72,38 +50,38 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """openr1 and traces: positives.jsonl, pairs.jsonl and report.json from rows of generations."""
-    files = input_files(args.input)
-    total = count_rows(files.values())
-    inputs, tokenizer_directory, benchmark = digests(files), None, None
+    files = corpus.input_files(args.input)
+    total = corpus.count_rows(files.values())
+    inputs, tokenizer_directory, benchmark = corpus.digests(files), None, None
     if args.command == "traces" and args.problems:
-        benchmark = read_benchmark(args.problems)
-        inputs |= digests({args.problems: Path(args.problems)})
+        benchmark = problems.read_benchmark(args.problems)
+        inputs |= corpus.digests({args.problems: Path(args.problems)})
     if args.tokenizer is not None:  # here for the download and a clear error; the workers load it again
         tokenizer_directory = Tokenizer.from_pretrained(args.tokenizer).directory
         paths = {f"{args.tokenizer}/{name}": tokenizer_directory / name for name in (*TOKENIZER_FILES, "config.json")}
-        inputs |= digests({name: path for name, path in paths.items() if path.is_file()})
+        inputs |= corpus.digests({name: path for name, path in paths.items() if path.is_file()})
     outputs = ["positives.jsonl", "pairs.jsonl"]
     reported = [name for name in OUTCOMES if name != "no_answer"]
     if args.command == "traces":
         outputs, reported = [*outputs, "verdicts.jsonl"], [*OUTCOMES, *GENERATIONS]
     counts = collections.Counter()
     with new_directory(args.output, args.overwrite, [*outputs, "report.json"]) as directory:
-        rows = tqdm(read_rows(files.values()), total=total, unit=" rows", disable=None)
+        rows = tqdm(corpus.read_rows(files.values()), total=total, unit=" rows", disable=None)
         if benchmark:
-            rows = with_problems(rows, benchmark)
+            rows = corpus.with_problems(rows, benchmark)
         if args.command == "traces":
-            rows = one_row_per_problem(rows, directory / "rows.sqlite")
+            rows = corpus.one_row_per_problem(rows, directory / "rows.sqlite")
         function = functools.partial(prepare_chunk, args, tokenizer_directory)
         with contextlib.ExitStack() as stack:
             written = {name: stack.enter_context(open(directory / name, "wb")) for name in outputs}
-            prepared = stack.enter_context(contextlib.closing(in_parallel(function, in_chunks(rows), args.processes)))
-            for chunk_counts, lines in prepared:
+            prepared = corpus.in_parallel(function, corpus.in_chunks(rows), args.processes)
+            for chunk_counts, lines in stack.enter_context(contextlib.closing(prepared)):
                 counts.update(chunk_counts)
                 for name, file in written.items():
                     file.writelines(lines[name])
         report = {name: counts[name] for name in reported}
         for file in files.values():
-            warn_if_none_correct(str(file), counts["correct", str(file)], counts["judged", str(file)])
+            problems.warn_if_none_correct(str(file), counts["correct", str(file)], counts["judged", str(file)])
         if not counts["positives"]:
             found = ", ".join(f"{name} {number}" for name, number in report.items() if number)
             raise ValueError(f"{args.input}: no positive in {counts['read']} rows ({found})")
@@ -131,23 +109,24 @@ def prepare_chunk(
                     answers, correct, forms = own_verdicts(
                         row, args.exclude_sources, args.open_thought_counts, args.read_unboxed)  # fmt: skip
                     counts.update(forms)
-                    counts.update({"correct_generations": sum(correct), "unboxed_generations": answers.count(None)})
-                    counts["incorrect_generations"] += len(answers) - answers.count(None) - sum(correct)
-                    counts.update({("correct", file): sum(correct), ("judged", file): len(correct)})
-                    lines["verdicts.jsonl"] += verdict_lines(row_id(row), answers, correct)
+                    for number, (answer, verdict) in enumerate(zip(answers, correct)):
+                        kind = "unboxed" if answer is None else "correct" if verdict else "incorrect"
+                        counts.update([f"{kind}_generations", (kind, file), ("judged", file)])
+                        named = {"id": corpus.row_id(row), "generation": number}
+                        judged = {"answer": answer, "correct": verdict, "unboxed": answer is None}
+                        lines["verdicts.jsonl"].append(json_line({**named, **judged}))
+                usable = [args.truncated == "incorrect" or answer is not None for answer in answers]
+                seed = f"{args.seed} {row['problem']}"  # the problem's own: the draw depends on no other row
                 chosen, negatives = select(
-                    row["generations"], correct, [args.truncated == "incorrect" or one is not None for one in answers],
-                    args.negatives, args.pairs_per_problem,
-                    seed=f"{args.seed} {row['problem']}",  # the problem's own: the draw depends on no other row
-                )  # fmt: skip
+                    row["generations"], correct, usable, args.negatives, args.pairs_per_problem, seed)  # fmt: skip
             except SkipRow as outcome:
                 counts[str(outcome)] += 1
                 continue
-            prompt = [user_message(row["problem"], args.prompt_template)]
+            prompt = [problems.user_message(row["problem"], args.prompt_template)]
             if args.system_prompt is not None:
                 prompt.insert(0, {"role": "system", "content": args.system_prompt})
-            named = {"id": row_id(row), "source": row.get("source") or Path(file).name}
-            positive = {"prompt": prompt, "completion": [assistant_message(chosen)], **named}
+            named = {"id": corpus.row_id(row), "source": row.get("source") or Path(file).name}
+            positive = {"prompt": prompt, "completion": [problems.assistant_message(chosen)], **named}
             lines["positives.jsonl"].append(json_line(positive, errors="strict"))
             counts["positives"] += 1
             counts["pairs"] += len(negatives)
@@ -157,20 +136,12 @@ def prepare_chunk(
             counts.update(outcomes)
             for number, (rejected, outcome) in enumerate(zip(negatives, outcomes)):
                 if outcome == "pairs_written":
-                    pair = {"prompt": prompt, "chosen": [assistant_message(chosen)],
-                            "rejected": [assistant_message(rejected)], **named}  # fmt: skip
+                    pair = {"prompt": prompt, "chosen": [problems.assistant_message(chosen)],
+                            "rejected": [problems.assistant_message(rejected)], **named}  # fmt: skip
                     if number:
                         pair["id"] = f"{named['id']}-{number}"
                     lines["pairs.jsonl"].append(json_line(pair, errors="strict"))
     return counts, lines
-
-
-def verdict_lines(id: str, answers: list[str | None], correct: list[bool]) -> Iterator[bytes]:
-    """Lines of verdicts.jsonl: the generations of one problem, numbered from 0. One without an answer (unboxed) is
-    usually truncated."""
-    for number, (answer, verdict) in enumerate(zip(answers, correct)):
-        row = {"id": id, "generation": number, "answer": answer, "correct": verdict, "unboxed": answer is None}
-        yield json_line(row)
 
 
 def pair_outcomes(tokenizer: Tokenizer, prompt: list[dict], chosen: str, negatives: list[str], args) -> list[str]:
@@ -200,8 +171,8 @@ def decontaminate_files(args: argparse.Namespace) -> None:
     if len({*names, "report.json"}) <= len(names):
         raise ValueError(f"--input: two files have the same name, or one is named report.json ({', '.join(names)})")
     with new_directory(args.output, args.overwrite, [*names, "report.json"]) as directory:
-        report = decontaminate(paths, against, args.ngram, args.examples, directory)
-        write_report(directory, report, args, digests({str(path): path for path in (*paths, *against)}))
+        report = decontamination.decontaminate(paths, against, args.ngram, args.examples, directory)
+        write_report(directory, report, args, corpus.digests({str(path): path for path in (*paths, *against)}))
     for name, counts in report["files"].items():
         dropped = ", ".join(f"{benchmark} {number}" for benchmark, number in counts["dropped_by_benchmark"].items())
         print(f"{name}: {counts['kept']:,} of {counts['read']:,} rows kept, {counts['dropped']:,} dropped ({dropped})")
@@ -217,16 +188,17 @@ def benchmarks(args: argparse.Namespace) -> None:
     with new_directory(args.output, args.overwrite, [*names, "report.json"]) as directory:
         for name, hub_id, split, size, problem_column, answer_column in chosen:
             source = hub_id if args.mirror is None else Path(args.mirror) / hub_id
-            files = find_files(source, functools.partial(files_of_split, split))
+            files, _ = corpus.find_files(source, lambda names: [
+                one for one in names if split in one and one.endswith((".parquet", ".jsonl"))])  # fmt: skip
             if not files:
                 raise ValueError(f"{source}: no parquet or JSONL file of the split '{split}'")
-            inputs |= digests(files)
+            inputs |= corpus.digests(files)
             lines = []
-            for place, row in read_rows(files.values()):
+            for place, row in corpus.read_rows(files.values()):
                 with error_context(place):
-                    require(row, problem_column, answer_column)
-                    problem, answers = row[problem_column], gold_texts(row[answer_column])
-                    gold_answers(answers)  # readable
+                    corpus.require(row, problem_column, answer_column)
+                    problem, answers = row[problem_column], problems.gold_texts(row[answer_column])
+                    problems.gold_answers(answers)  # readable
                     if not (isinstance(problem, str) and problem.strip() and answers):
                         raise ValueError("the problem or the answer is empty")
                     answer = answers[0] if len(answers) == 1 else answers
@@ -239,10 +211,6 @@ def benchmarks(args: argparse.Namespace) -> None:
             (directory / f"{name}.jsonl").write_bytes(b"".join(lines))
             print(f"{name:>15} {size:>4} problems from {hub_id}")
         write_report(directory, {"problems": {name: size for name, _, _, size, *_ in chosen}}, args, inputs)
-
-
-def files_of_split(split: str, names: list[str]) -> list[str]:
-    return [name for name in names if split in name and name.endswith((".parquet", ".jsonl"))]
 
 
 def toy(args: argparse.Namespace) -> None:
@@ -304,7 +272,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
              help="which incorrect generations (lengths in characters)")
         flag("--seed", type=int, default=0, help="of --negatives random")
         flag = command.add_argument_group("prompt").add_argument
-        flag("--prompt-template", choices=tuple(PROMPT_TEMPLATES), default="none", help="text around the problem")
+        flag("--prompt-template", choices=tuple(problems.PROMPT_TEMPLATES), default="none",
+             help="text around the problem")
         flag("--system-prompt", metavar="TEXT", help="a system message before every problem")
         flag = command.add_argument_group("length limits").add_argument
         flag("--tokenizer", metavar="PATH", help="model directory or hub id: drop pairs over the limits below")

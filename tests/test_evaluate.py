@@ -182,35 +182,14 @@ def test_a_rerun_draws_nothing_and_changes_no_byte(model, problems, tmp_path, mo
     assert files == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
-def test_lines_tell_the_progress_where_there_is_no_terminal(model, problems, tmp_path, monkeypatch, capsys):
-    """With a clock that is 10 s later at each look: a line at every third, from before the first sample on."""
-    looks = itertools.count()
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: 10 * next(looks))
-    [row] = run(model, problems, tmp_path / "out")["results"]
-    lines = re.findall(r"-final: (\d+) of 15 samples, (\d+) tokens/s\n", capsys.readouterr().err)
-    assert len(lines) > 3 and lines[0][0] == "0"
-    assert sorted(lines, key=lambda line: int(line[0])) == lines and int(lines[-1][0]) <= 15
-    passes = 5 + row["mean_tokens"] * 15 / 16  # of the model, at least; a look each
-    assert passes / 3 - 1 <= len(lines) <= (next(looks) - 1) / 3
-
-
-def test_lines_of_progress_by_hand(monkeypatch, capsys):
-    now = 100.0
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now)
-    monkeypatch.setattr(evaluate, "world_size", lambda: 8)
-    progress = evaluate.Progress("sft-final", 40)
-    for now, tokens in ((129.9, 20), (130.0, 40), (159.0, 60), (160.0, 30)):
-        progress.count_tokens(tokens)
-        progress.count_sample()
-    assert capsys.readouterr().err == (
-        "sft-final: 1 of 40 samples of the first of 8 processes, 2 tokens/s\n"  # 60 in 30 s
-        "sft-final: 3 of 40 samples of the first of 8 processes, 2 tokens/s\n"  # 150 in 60 s: 2.5
-    )
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a bar, and no lines
-    progress, now = evaluate.Progress("sft-final", 40), 200.0
-    progress.count_tokens(5)
-    progress.bar.close()
-    assert "sft-final:" in (printed := capsys.readouterr().err) and "tokens/s" not in printed
+def test_progress_in_a_log(model, problems, tmp_path, monkeypatch, capsys):
+    run(model, problems, tmp_path / "quick")
+    assert "tokens/s" not in capsys.readouterr().err  # nothing in the first seconds
+    monkeypatch.setattr(evaluate, "SECONDS_BETWEEN_LINES", 0)
+    run(model, problems, tmp_path / "out")
+    shown = re.findall(r"-final: [^\r]* (\d+)/15 [^\r]* \d+ tokens/s", capsys.readouterr().err)
+    counts = list(map(int, shown))
+    assert counts[0] == 0 and counts[-1] == 15 and counts == sorted(counts)  # from before the first sample on
 
 
 def test_a_rank_that_fails_alone_says_why(model, problems, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Reading teacher traces: parquet or JSONL, local or from the hub, one row per problem; worker processes. No torch."""
 
 import collections
+import contextlib
 import hashlib
 import importlib.util
 import itertools
@@ -33,63 +34,55 @@ CHUNK_ROWS, CHUNK_CHARACTERS = 64, 1 << 20
 
 
 def input_files(path_or_hub_id: str) -> dict[str, Path]:
-    """The files behind --input, by name: a file; or those that `training_files` takes of a directory or of a dataset
-    on the hub, in which case the files that it passes over are printed. Raises ValueError."""
+    """The files of --input by name: a file, or what `training_files` selects from a directory or a dataset on the hub;
+    prints which files of it are not read. Raises ValueError."""
     path = Path(path_or_hub_id)
     if path.exists() and not path.is_dir():
         if path.suffix not in (".parquet", ".jsonl"):
             raise ValueError(f"{path}: expected a .parquet or .jsonl file")
         return {str(path): path}
-    listed = []
-    files = find_files(path_or_hub_id, lambda names: listed.append(names) or training_files(names))
+    files, others = find_files(path, training_files)
     if not files:
-        raise ValueError(f"{path_or_hub_id}: no .parquet or .jsonl file in it")
-    others = [name for name in listed[0] if str(path / name) not in files]
-    if passed_over := [name for name in others if not re.search(r"(^|/)\.|\.md$", name)]:
-        taken = [str(Path(name).relative_to(path)) for name in files]
-        print(f"{path_or_hub_id}: reads {_some(taken)}; passes over {_some(passed_over)}", file=sys.stderr)
+        raise ValueError(f"{path}: no .parquet or .jsonl file in it")
+    if others := [name for name in others if not name.endswith(".md")]:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        print(f"{path}: reads {', '.join(files)}; passes over {', '.join(others[:5])}{more}", file=sys.stderr)
     return files
 
 
 def training_files(names: list[str]) -> list[str]:
-    """Of the files in a dataset, given by their names in it: the parquet files, else the JSONL files, of the default
-    configuration, which lies in data/ if there are several. Where names tell the splits, those of the train split,
-    else those of no split, else all."""
-    for folder in ("data/", ""):
-        for suffix in (".parquet", ".jsonl"):
-            splits = {name: SPLIT.findall(name.lower()) for name in names
-                      if name.startswith(folder) and name.endswith(suffix)}  # fmt: skip
-            if splits:
-                train = [name for name, words in splits.items() if words and words[-1].startswith("train")]
-                return train or [name for name, words in splits.items() if not words] or list(splits)
+    """Selects from the files of a dataset, by their names in it: parquet files, else JSONL files, of the default
+    configuration (in data/) if there are several; of them the train split, else those that name no split, else all."""
+    for folder, suffix in itertools.product(("data/", ""), (".parquet", ".jsonl")):
+        found = [name for name in names if name.startswith(folder) and name.endswith(suffix)]
+        splits = [SPLIT.findall(name.lower())[-1:] for name in found]
+        train = [name for name, split in zip(found, splits) if split and split[0].startswith("train")]
+        if found:
+            return train or [name for name, split in zip(found, splits) if not split] or found
     return []
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more files" if len(names) > 5 else "")
-
-
-def find_files(path_or_hub_id: str | Path, choose: Callable[[list[str]], list[str]]) -> dict[str, Path]:
-    """Files of a directory, or of a dataset on the hub, by name: path_or_hub_id/path in it. Sorted.
-
-    choose: takes all paths in it, and returns those wanted; of a dataset no others are downloaded. Raises ValueError.
-    """
-    patterns = ["*.parquet", "*.jsonl"]
+def find_files(
+    path_or_hub_id: str | Path, select: Callable[[list[str]], list[str]]
+) -> tuple[dict[str, Path], list[str]]:
+    """Files of a directory, or of a dataset on the hub (others are not downloaded), by name: path_or_hub_id/path in it,
+    sorted; and the paths of the others. `select` takes all paths and returns those wanted. Raises ValueError."""
+    names, patterns = [], ["*.parquet", "*.jsonl"]
     if not Path(path_or_hub_id).exists():
         from huggingface_hub import HfApi  # takes 0.2 s to import: only where a hub id is given
 
-        try:
-            listed = [file.rfilename for file in HfApi().dataset_info(str(path_or_hub_id)).siblings]
-        except (OSError, ValueError):  # offline, for instance: the cache may have it, else resolve_directory raises
-            pass
-        else:
-            patterns = choose(sorted(listed))
-            parquet = [name for name in patterns if name.endswith(".parquet")]
-            if parquet and importlib.util.find_spec("pyarrow") is None:  # before gigabytes are downloaded
-                raise _lacks_pyarrow(f"{path_or_hub_id}/{parquet[0]}")
+        # Offline the cache may have the dataset; else resolve_directory raises.
+        with contextlib.suppress(OSError, ValueError):
+            names = sorted(file.rfilename for file in HfApi().dataset_info(str(path_or_hub_id)).siblings)
+            patterns = select(names)
+    parquet = [name for name in patterns if name.endswith(".parquet")]
+    if names and parquet and importlib.util.find_spec("pyarrow") is None:  # before gigabytes are downloaded
+        raise _lacks_pyarrow(f"{path_or_hub_id}/{parquet[0]}")
     directory = resolve_directory(path_or_hub_id, patterns, "dataset")
-    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
-    return {str(Path(path_or_hub_id, name)): directory / name for name in choose(names)}
+    local = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir())
+    selected = select(local)
+    others = [name for name in names or local if name not in selected and not name.startswith(".")]
+    return {str(Path(path_or_hub_id, name)): directory / name for name in selected}, others
 
 
 def _lacks_pyarrow(name: str | Path) -> ValueError:
