@@ -139,8 +139,7 @@ def interrupted(*arguments):
 run_command(lambda: print(*in_parallel(abs, [1, 2], processes=2)))
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, capture_output=True, text=True)
-    assert (result.returncode, result.stdout, "Traceback" in result.stderr) == (143, "", False)
-    assert result.stderr.startswith("interrupted\n")
+    assert (result.returncode, result.stdout, result.stderr) == (143, "", "interrupted\n")
 
 
 def test_signals_to_all_processes_reach_no_worker():
