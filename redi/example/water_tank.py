@@ -22,6 +22,7 @@ import tokenizers
 import torch
 
 from redi import distributed
+from redi.analysis import page
 from redi.answer_checker import is_correct
 from redi.distributed import print_rank0
 from redi.evaluation.scoring import read_results
@@ -209,6 +210,9 @@ def run_example(train: Command, evaluate: Command, output: str | Path = "out/exa
         evaluate_models(evaluate, models, data / "problems.jsonl", output / folder, [*arguments, "--seed", str(seed)])
     if distributed.rank() == 0:
         print(_results(output))
+        page.main(["--before", str(output / "sft/final"), "--after", str(output / "redi/final"), "--dtype", "float32",
+                   "--data", str(data / "pairs.jsonl"), "--problems", str(data / "teacher.jsonl"),
+                   "--output", str(output / "page.html")])
 
 
 def prepare(output: Path, seed: int) -> None:
@@ -283,6 +287,7 @@ def _results(output: Path) -> str:
         "    */final                      the models, which transformers and vLLM load",
         "    */metrics.jsonl              one line per training step",
         "    sampled/, greedy/            all responses, and results.json",
+        "    page.html                    what REDI changed, token by token: open it in a browser",
         "\nThis used one thread per process. On a busy machine set OMP_NUM_THREADS=1 for your own runs as well.",
     ]
     return "\n".join(lines)
