@@ -9,7 +9,7 @@ The first --limit pairs within the length limits are scored under both models. T
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -167,6 +167,7 @@ def judgement(response: str, golds: list[str] | None) -> dict:
 def shown_pair(pair: Pair, scores: Iterator[tuple[Scores, Scores]], tokenizer: Tokenizer, vocabulary, golds) -> dict:
     """A pair as page.html reads it: log-probs in 1/1000 nat, probabilities of the alternatives in 1/1000."""
     index = lambda texts: [vocabulary.setdefault(text, len(vocabulary)) for text in texts]
+    word = cache(lambda id: tokenizer.decode([id], skip_special_tokens=False))
     sides = []
     for ids, models in zip(pair.responses, scores):
         sides.append({
@@ -174,7 +175,7 @@ def shown_pair(pair: Pair, scores: Iterator[tuple[Scores, Scores]], tokenizer: T
             "special": [t for t, id in enumerate(ids) if not tokenizer.decode([id])],
             "logps": [np.rint(1000 * model.logps).astype(int).tolist() for model in models],
             "ranks": [model.ranks.tolist() for model in models],
-            "alternatives": [index(tokenizer.decode([id], False) for id in model.top_ids.flat) for model in models],
+            "alternatives": [index(map(word, model.top_ids.flatten().tolist())) for model in models],
             "probs": [np.rint(1000 * np.exp(model.top_logps)).astype(int).flatten().tolist() for model in models],
             "sums": [round(float(model.logps.sum(dtype=float)), 2) for model in models],
             **judgement(tokenizer.decode(ids), golds),
