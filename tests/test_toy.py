@@ -158,6 +158,7 @@ def test_example_runs_from_data_to_table_and_keeps_what_is_done(tmp_path):
     assert "correct traces" in shown and "wrong traces" in shown and "Tank of 15 litres: " in shown
     for name in toy.STAGES:
         load_pretrained(tmp_path / "out" / name / "final")
+    assert (tmp_path / "out/page.html").is_file() and shown.endswith("wrote out/page.html\n")
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/metrics.jsonl")}
     assert len(written) == 3
 
