@@ -39,7 +39,7 @@ def plot_dynamics(runs: list[Path], labels: list[str], results: list[dict], path
     for run, log in zip(runs, logs):
         if not any(row["step"] and row.get(key) is not None for row in log for key in PANELS):
             raise ValueError(f"{run / 'metrics.jsonl'} holds no step with values to draw yet")
-    curves = [accuracy_curves(run, log, results) for run, log in zip(runs, logs)]
+    curves = [accuracy_curves(run, log, results) if results else {} for run, log in zip(runs, logs)]
     if results and not any(curves):
         raise ValueError(f"no row of the results is of a checkpoint in {', '.join(map(str, runs))}")
     found = {key for log in logs for row in log for key in row if row[key] is not None}
