@@ -248,7 +248,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         flag = command.add_argument_group("input").add_argument
         flag("--input", required=True, metavar="PATH",
              help="rows: a .parquet (needs pyarrow) or .jsonl file, a directory of them, or a hub id; the train split, "
-             "where file names tell it")
+             "where file names have it")
         if name == "traces":
             flag("--problems", metavar="FILE", help="JSONL: id, problem, answer. The input then has samples of these "
                  "problems, as evaluate.py's samples.jsonl")

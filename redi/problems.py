@@ -61,8 +61,8 @@ def gold_answers(value) -> list[str]:
     answers = []
     for text in gold_texts(value):
         answer = text.rpartition("####")[2].strip()
-        whole = MATH.fullmatch(answer)
-        answer = extract_answer(answer) or (whole[2].strip() if whole else answer)
+        enclosed = MATH.fullmatch(answer)
+        answer = extract_answer(answer) or (enclosed[2].strip() if enclosed else answer)
         words = max(len(WORD.findall(part)) for part in re.split("[,;]", answer))
         if not answer or words > 3 and not FORMULA.search(answer):
             raise ValueError(f"the gold answer {text[:80]!r} cannot be checked: expected a formula, a number, or at "

@@ -261,7 +261,7 @@ def test_samples_of_other_settings_are_not_mixed(model, problems, tmp_path, flag
     (folder / "settings.json").write_text(json.dumps({**made_with.settings, "code": made_with.code}))
     write(folder / "samples.jsonl", [{"id": "s0", "sample": 0, "response": "", "correct": False}])
     before = (folder / "samples.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=rf"holds samples made with {key} "):
+    with pytest.raises(ValueError, match=rf"has samples made with {key} "):
         evaluate.main([*args, *flag])
     assert (folder / "samples.jsonl").read_bytes() == before
 
@@ -627,7 +627,7 @@ def test_scored_again_it_changes_no_byte_and_other_samples_are_refused(problems,
     score(samples, problems, "--output", tmp_path / "out")
     assert files == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     write(samples, [{"id": f"s{i}", "response": "b"} for i in range(5)])
-    with pytest.raises(ValueError, match="holds samples made with samples_digest"):
+    with pytest.raises(ValueError, match="has samples made with samples_digest"):
         score(samples, problems, "--output", tmp_path / "out")
     assert files == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 

@@ -373,7 +373,7 @@ def test_a_generation_that_reached_a_limit_is_never_chosen(tmp_path, reason):
 
 @pytest.mark.parametrize("answers", [("4", 4), (4.0, "4"), ("4", [4]), ("#### 4", " 4 "), ("$4$", "4")])
 def test_rows_of_one_problem_are_grouped_by_the_answer_they_mean(tmp_path, answers):
-    rows = [{"problem": "2 + 2?", "answer": answer, "response": solution(value)}
+    rows = [{"problem": "2 + 2?", "answer": answer, "response": solution(value), "generations": None}
             for answer, value in zip(answers, (4, 5))]
     assert selected(tmp_path, rows)[1] == [(solution(4), solution(5))]
 

@@ -68,7 +68,7 @@ class SampleStore:
         code: digests of the code that makes samples, by file; with keep_samples, those of other code are accepted.
         scoring: keyword arguments of `scored`.
 
-        Writes nothing. Raises ValueError where the directory holds samples of other settings or other code.
+        Writes nothing. Raises ValueError where the directory has samples of other settings or other code.
         """
         self.folder, self.settings, self.benchmark = folder, settings, benchmark
         self.code, self.keep_samples, self.scoring = code, keep_samples, scoring
@@ -79,18 +79,18 @@ class SampleStore:
         path = self.folder / "settings.json"
         if not path.is_file():
             if any(self.folder.glob("samples*.jsonl")):
-                raise ValueError(f"{self.folder}: holds samples but no settings.json; choose another --output")
+                raise ValueError(f"{self.folder}: has samples but no settings.json; choose another --output")
             return None
         found = read_json(path)
         if self.code and not self.keep_samples and found.get("code") != self.code:
             before = found.get("code") if isinstance(found.get("code"), dict) else {}
             changed = [name for name, digest in self.code.items() if before.get(name) != digest]
-            what = ", ".join(changed) if before else "the code (settings.json does not say which)"
-            raise ValueError(f"{self.folder}: holds samples made by another version of {what}; --keep-samples "
+            what = ", ".join(changed) if before else "the code (settings.json has no record of it)"
+            raise ValueError(f"{self.folder}: has samples made by another version of {what}; --keep-samples "
                              "continues with them, another --output starts again")
         for key, value in self.settings.items():
             if found.get(key) != value and not (self.keep_samples and key not in found):
-                raise ValueError(f"{self.folder}: holds samples made with {key} {found.get(key)!r}, now {value!r}; "
+                raise ValueError(f"{self.folder}: has samples made with {key} {found.get(key)!r}, now {value!r}; "
                                  "choose another --output or remove that directory")
         return found
 

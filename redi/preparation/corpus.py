@@ -28,7 +28,7 @@ COLUMNS = (
     "generations", "generation", "response", "finish_reason", "finish_reasons", "correctness", "correctness_llama",
     "correctness_math_verify",
 )
-# The split that a file's name tells.
+# Names of splits in file names.
 SPLIT = re.compile(r"(?<![a-z])(train|training|test|testing|validation|valid|val|dev|eval|evaluation)(?![a-z])")
 CHUNK_ROWS, CHUNK_CHARACTERS = 64, 1 << 20
 
@@ -128,7 +128,7 @@ def _open_parquet(file: Path):
     except ModuleNotFoundError:
         raise _lacks_pyarrow(file) from None
     try:
-        return pyarrow.parquet.ParquetFile(file, pre_buffer=False)  # whole row groups ahead take memory
+        return pyarrow.parquet.ParquetFile(file, pre_buffer=False)  # which would hold entire row groups in memory
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: truncated or corrupt parquet file ({_one_line(error)})") from None
 
@@ -163,8 +163,8 @@ def one_row_per_problem(rows: Iterable[tuple[str, dict]], path: Path) -> Iterato
     rows = iter(rows)
     first = next(rows)
     rows = itertools.chain([first], rows)
-    column = next((name for name in ("generation", "response") if name in first[1]), None)
-    if "generations" in first[1] or column is None:
+    column = next((name for name in ("generation", "response") if first[1].get(name) is not None), None)
+    if first[1].get("generations") is not None or column is None:
         yield from rows
         return
     database = sqlite3.connect(path, isolation_level=None)

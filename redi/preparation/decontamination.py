@@ -76,7 +76,7 @@ def word_ngrams(text: str, n: int) -> Iterator[str]:
 
 
 def problem_text(row: dict) -> str:
-    """The problem in a training row: under `problem`, or what the user says in `prompt` or `messages`. Raises
+    """The problem in a training row: under `problem`, or the user's messages in `prompt` or `messages`. Raises
     ValueError where there is none."""
     value = next((row[key] for key in ("problem", "question", "prompt", "messages") if key in row), None)
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):

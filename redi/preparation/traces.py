@@ -1,6 +1,6 @@
 """Selection rule of the paper: which of a teacher's generations for a problem is y_w (chosen), and which are y_l.
 
-y_w is the first correct generation; y_l is the first incorrect one, or others as `select` is asked.
+y_w is the first correct generation; y_l is the first incorrect one, or others by the arguments of `select`.
 """
 
 import itertools
@@ -69,7 +69,7 @@ def openr1_verdicts(row: dict, verdict: str, exclude_sources: list[str]) -> list
             raise SkipRow("invalid_problem")
     _check(row, exclude_sources)
     lists = [verdicts.get(names[name]) for name in wanted]
-    if verdict == "either":  # where one judge was not asked (OpenR1-Math-220k), the other decides
+    if verdict == "either":  # OpenR1-Math-220k lacks one of the two for many rows
         lists = [one for one in lists if one is not None]
     if not lists or any(not isinstance(one, list) or len(one) != len(row["generations"]) for one in lists):
         raise SkipRow("mismatched_verdicts")
