@@ -849,4 +849,4 @@ def test_chunks_are_bounded_in_rows_and_in_text():
     long, short = {"generations": ["x" * 100_000, None]}, {"generations": None}
     rows = [("place", long)] * 100 + [("place", short)] * 100
     sizes = [len(chunk) for chunk in in_chunks(iter(rows))]
-    assert sum(sizes) == 200 and max(sizes) == 64 and sizes[0] == 11
+    assert sum(sizes) == 200 and max(sizes) == 16 and sizes[0] == 3

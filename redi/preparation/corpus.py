@@ -13,7 +13,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -30,7 +30,7 @@ COLUMNS = (
 )
 # Names of splits in file names.
 SPLIT = re.compile(r"(?<![a-z])(train|training|test|testing|validation|valid|val|dev|eval|evaluation)(?![a-z])")
-CHUNK_ROWS, CHUNK_CHARACTERS = 64, 1 << 20
+CHUNK_ROWS, CHUNK_CHARACTERS = 16, 1 << 18  # a fraction of a second: an interrupted run finishes those in flight
 
 
 def input_files(path_or_hub_id: str) -> dict[str, Path]:
@@ -234,21 +234,24 @@ def in_parallel(function: Callable, chunks: Iterable, processes: int) -> Iterato
     if len(first) < 2:
         yield from map(function, chunks)
         return
-    pool = ProcessPoolExecutor(len(first), multiprocessing.get_context("spawn"), initializer=_start_worker)
     pending = collections.deque()
-    try:
-        for chunk in chunks:
-            if len(pending) == 2 * processes:
+    with contextlib.ExitStack() as stack:
+        with _signals_blocked():
+            pool = ProcessPoolExecutor(len(first), multiprocessing.get_context("spawn"), initializer=_start_worker)
+            stack.callback(pool.shutdown)  # if a signal interrupts the shutdown below: semaphores would be left over
+            stack.callback(pool.shutdown, cancel_futures=True)
+        try:
+            for chunk in chunks:
+                if len(pending) == 2 * processes:
+                    yield pending.popleft().result()
+                with _signals_blocked():  # this may start a worker
+                    pending.append(pool.submit(function, chunk))
+            while pending:
                 yield pending.popleft().result()
-            pending.append(_submit(pool, function, chunk))
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        for worker in multiprocessing.active_children():  # the pool sends SIGTERM, which they block
-            worker.kill()
-        raise ValueError("a worker process died (killed, or out of memory); nothing was written") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool:
+            for worker in multiprocessing.active_children():  # the pool sends SIGTERM, which they block
+                worker.kill()
+            raise ValueError("a worker process died (killed, or out of memory); nothing was written") from None
 
 
 def _start_worker() -> None:
@@ -257,12 +260,13 @@ def _start_worker() -> None:
         os._exit(1)
 
 
-def _submit(pool: ProcessPoolExecutor, function: Callable, chunk) -> Future:
-    """Submitting starts a worker where none is idle. It inherits the signal mask: a signal that goes to all processes
-    (Ctrl-C in a terminal, the end of a batch job) is the parent's to handle."""
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A worker that starts in the block inherits the signal mask: a signal that goes to all processes (Ctrl-C in a
+    terminal, the end of a batch job) is the parent's to handle."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        return pool.submit(function, chunk)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
