@@ -31,7 +31,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from redi.cli import Parser, not_negative, number, positive_int, run_command
-from redi.distributed import init_process_group, local_rank, rank, world_size
+from redi.distributed import init_process_group, local_rank, print_rank0, rank, world_size
 from redi.evaluation.generation import Request, generate
 from redi.evaluation.sample_store import SampleStore, read_responses, scored
 from redi.evaluation.sampling import sample_key
@@ -39,7 +39,6 @@ from redi.evaluation.scoring import report, summarise
 from redi.files import code_digest, file_digest, resolve_directory
 from redi.hub.config import load_config
 from redi.hub.weights import DTYPES, MODEL_FILES, check_weights, load_pretrained, weights_digest
-from redi.model import CausalLM
 from redi.problems import PROMPT_TEMPLATES, Benchmark, opens_thought, read_benchmark, user_message
 from redi.tokenizer import PREFILL, TOKENIZER_FILES, Tokenizer
 
@@ -84,9 +83,10 @@ class Model:
         self.path, self.name = path, storage_name(path)
         self.directory = resolve_directory(path, MODEL_FILES)
         self.tokenizer = Tokenizer.from_pretrained(self.directory)
+        for notice in self.tokenizer.notices:
+            print_rank0(notice)
         self.config = load_config(self.directory, self.tokenizer)
-        with torch.device("meta"):
-            check_weights(CausalLM(self.config), self.directory)
+        check_weights(self.config, self.directory)
         self.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         settings = {"model_digest": model_digest(self.directory), "dtype": self.dtype}
         settings |= {key: getattr(args, key) for key in (

@@ -5,16 +5,18 @@ Sharded parameters (FSDP) hold consecutive rows of dimension 0, so each rank rea
 
 import hashlib
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from redi.distributed import full_tensor, local_tensor, raise_together, rank, shard
-from redi.files import error_context, file_digest, fsync, read_json, saving_safetensors, write_json
+from redi.distributed import full_tensor, local_tensor, print_rank0, raise_together, rank, shard
+from redi.files import error_context, file_digest, fsync, read_json, saving_safetensors, write_atomically, write_json
 from redi.hub.config import config_json, load_config
-from redi.model import CausalLM, ModelConfig
+from redi.model import FAMILIES, CausalLM, ModelConfig
 from redi.tokenizer import TOKENIZER_FILES, Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of a computation
@@ -27,14 +29,13 @@ FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 def load_pretrained(
     directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **overrides
 ) -> CausalLM:
-    """A model directory as a whole model on one device, for inference or as a start. Overrides as in load_config.
+    """A model directory as an unsharded model on one device. Overrides as in load_config.
 
     Raises ValueError naming the file and the tensor that is missing, unexpected, or of the wrong shape.
     """
-    config = load_config(directory, **overrides)
+    config = _untie(load_config(directory, **overrides), directory)
     with torch.device("meta"):
         model = CausalLM(config).to(dtype)
-    check_weights(model, directory)  # before any memory is taken
     model.to_empty(device=device)
     load_weights(model, directory)
     return model
@@ -48,9 +49,9 @@ def load_sharded(
 
     recompute, keep_layers: as in CausalLM; compile: torch.compile the layers. Raises ValueError as load_pretrained.
     """
+    config = _untie(config, directory)
     with torch.device("meta"):
         model = CausalLM(config, recompute, keep_layers)
-    check_weights(model, directory)
     if compile:
         for layer in model.model.layers:
             layer.compile()
@@ -60,15 +61,30 @@ def load_sharded(
     return model
 
 
-def check_weights(model: CausalLM, directory: str | Path) -> None:
-    """Compare names, shapes and dtypes in the weight files' headers with the model's parameters."""
-    _weight_slices(model, Path(directory))
+def check_weights(config: ModelConfig, directory: str | Path) -> None:
+    """Compare names, shapes and dtypes in the headers of the weight files with the config, before any memory is
+    allocated. Raises ValueError naming file and tensor."""
+    _weight_slices(config, Path(directory))
+
+
+def _untie(config: ModelConfig, directory: str | Path) -> ModelConfig:
+    """The config, or an untied one where the files have a head that is not the embedding. Raises as check_weights."""
+    weights = _weight_slices(config, Path(directory))
+    if not config.tie_word_embeddings or "lm_head.weight" not in weights:
+        return config
+    head, embedding = weights["lm_head.weight"], weights["model.embed_tokens.weight"]
+    blocks = [slice(start, start + 4096) for start in range(0, config.vocab_size, 4096)]
+    if all(torch.equal(head[rows].float(), embedding[rows].float()) for rows in blocks):
+        return config
+    print_rank0(f"{directory}: lm_head.weight is not the embedding: loading it as an untied head, although config.json "
+                "has tie_word_embeddings")
+    return replace(config, tie_word_embeddings=False)
 
 
 @torch.no_grad()
 def load_weights(model: CausalLM, directory: str | Path) -> None:
     """Copy a directory's weights into the parameters, each rank its own rows, cast to the parameters' dtype."""
-    weights = _weight_slices(model, Path(directory))
+    weights = _weight_slices(model.config, Path(directory))
     for name, parameter in model.named_parameters():
         rows = local_rows(parameter)
         local_tensor(parameter).copy_(weights[name][rows.start : rows.stop])
@@ -90,58 +106,87 @@ def chunk_rows(length: int, index: int, chunks: int) -> slice:
     return slice(min(index * size, length), min((index + 1) * size, length))
 
 
-def _weight_slices(model: CausalLM, directory: Path) -> dict:
-    """Name -> lazily read safetensors slice, for exactly the parameters of the model."""
-    expected = dict(model.named_parameters())
-    slices = {}
-    for name in _weight_files(directory):
-        with error_context(str(directory / name)):
-            handle = open_safetensors(directory / name)
-            for key in handle.keys():
-                if key.endswith("rotary_emb.inv_freq"):
+def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of CausalLM's parameters, one at a time: a config may ask for any number of layers."""
+    qkv_bias, qk_norm = FAMILIES[config.model_type]
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    layer = {
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "self_attn.o_proj": (hidden, q_size),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+        "self_attn.q_proj": (q_size, hidden), "self_attn.k_proj": (kv_size, hidden),
+        "self_attn.v_proj": (kv_size, hidden),
+    }  # fmt: skip
+    if qk_norm:
+        layer |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
+    layer = {f"{name}.weight": shape for name, shape in layer.items()}
+    if qkv_bias:
+        layer |= {f"self_attn.{name}_proj.bias": layer[f"self_attn.{name}_proj.weight"][:1] for name in "qkv"}
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    yield "model.norm.weight", (hidden,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+    for i in range(config.num_hidden_layers):
+        yield from ((f"model.layers.{i}.{name}", shape) for name, shape in layer.items())
+
+
+def _weight_slices(config: ModelConfig, directory: Path) -> dict:
+    """Name -> lazily read safetensors slice, for exactly the parameters of the model, and of a tied one the head if
+    the files have it."""
+    slices, files = {}, {}
+    for file in _weight_files(directory):
+        with error_context(str(directory / file)):
+            handle = open_safetensors(directory / file)
+            for name in handle.keys():
+                if name.endswith("rotary_emb.inv_freq"):
                     continue  # a buffer that old exporters wrote; computed from the config here
-                if key == "lm_head.weight" and model.config.tie_word_embeddings:
-                    continue  # a copy of the embedding
-                if key not in expected:
-                    raise ValueError(f"unexpected tensor {key!r}, which the config has no place for")
-                slices[key] = handle.get_slice(key)
-                shape, dtype = tuple(slices[key].get_shape()), slices[key].get_dtype()
-                if shape != tuple(expected[key].shape):
-                    wanted = tuple(expected[key].shape)
-                    raise ValueError(f"{key!r} has shape {shape}, but config.json asks for {wanted}")
-                if dtype not in FLOAT_DTYPES:
-                    raise ValueError(f"{key!r} has dtype {dtype}; expected a float of 16 to 64 bits")
-    missing = [name for name in expected if name not in slices]
-    if missing:
-        raise ValueError(f"{directory}: the weights lack {missing[0]!r} "
-                         f"({len(missing)} of {len(expected)} are missing)")
+                if name in slices:
+                    raise ValueError(f"{name!r} is also in {files[name]}")
+                slices[name], files[name] = handle.get_slice(name), file
+    if "lm_head.weight" in slices:
+        config = replace(config, tie_word_embeddings=False)
+    expected = set()
+    for name, shape in parameter_shapes(config):
+        if name not in slices:
+            raise ValueError(f"{directory}: the weights lack {name!r}, which config.json asks for")
+        expected.add(name)
+        with error_context(str(directory / files[name])):
+            found, dtype = tuple(slices[name].get_shape()), slices[name].get_dtype()
+            if found != shape:
+                raise ValueError(f"{name!r} has shape {found}, but config.json asks for {shape}")
+            if dtype not in FLOAT_DTYPES:
+                raise ValueError(f"{name!r} has dtype {dtype}; expected a float of 16 to 64 bits")
+    for name in slices.keys() - expected:
+        raise ValueError(f"{directory / files[name]}: unexpected tensor {name!r}, which config.json does not ask for")
     return slices
 
 
 def _weight_files(directory: Path) -> list[str]:
-    index = directory / "model.safetensors.index.json"
+    index, adapter = directory / "model.safetensors.index.json", directory / "adapter_config.json"
+    if adapter.is_file():
+        raise ValueError(f"{adapter}: adapters are not supported; merge it into its base model")
     if (directory / "model.safetensors").is_file():
         return ["model.safetensors"]
     if not index.is_file():
-        raise ValueError(f"{directory} holds no weights (neither model.safetensors nor {index.name})")
+        raise ValueError(f"{directory} has no weights (neither model.safetensors nor {index.name})")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: expected an object 'weight_map' from tensor names to file names")
     files = sorted(set(weight_map.values()))
     for name in files:
         if Path(name).name != name or name in ("", "..") or not name.isprintable():
-            raise ValueError(f"{index}: the file name {name!r} points outside the directory, or is none")
+            raise ValueError(f"{index}: {name!r} is not the name of a file in the directory")
     return files
 
 
 def open_safetensors(path: Path):
-    """Raises ValueError where the file is absent or not whole."""
+    """Raises ValueError where the file is absent, truncated or corrupt."""
     try:
         return safe_open(path, framework="pt")
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise ValueError(f"not a whole safetensors file: {error}") from error
+        raise ValueError(f"truncated or corrupt safetensors file: {error}") from error
 
 
 @torch.no_grad()
@@ -154,7 +199,7 @@ def save_pretrained(
         tokenizer: its files are copied and its stop ids become the generation config's eos ids (vLLM takes
             stop ids from there).
         dtype: of the saved weights; None keeps the parameters'.
-    Files above 5 GiB are split; whole tensors are gathered one at a time, so a rank holds one file's worth.
+    Files above 5 GiB are split. Full tensors are gathered one at a time, so a rank has at most one file in memory.
     Raises OSError on every rank where rank 0 cannot write.
     """
     directory = Path(directory)
@@ -173,7 +218,7 @@ def save_pretrained(
         weight_map |= dict.fromkeys(names, file)
         tensors = {}
         for name in names:
-            full = full_tensor(parameters[name])  # a collective: also where nothing is to be written any more
+            full = full_tensor(parameters[name])  # a collective, so also after a failure
             if rank() == 0:
                 tensors[name] = full.detach().to("cpu", dtype).contiguous()
         if rank() == 0 and failure is None:
@@ -184,7 +229,7 @@ def save_pretrained(
 
 
 def _failure_of(write) -> OSError | None:
-    """Kept, not raised, until the other ranks' gathers are served."""
+    """The error of a write, to be raised once the other ranks have been through all collectives."""
     try:
         write()
     except OSError as error:
@@ -198,8 +243,8 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _finish_directory(directory: Path, model, tokenizer: Tokenizer | None, dtype, weight_map: dict[str, str]) -> None:
-    """All that stands beside the weights."""
-    for stale in directory.glob("model*.safetensors*"):  # of an earlier save with another number of files
+    """Write everything besides the weights."""
+    for stale in directory.glob("model*.safetensors*"):  # from an earlier save with a different number of files
         if stale.name not in weight_map.values():
             stale.unlink()
     if len(set(weight_map.values())) > 1:
@@ -213,6 +258,9 @@ def _finish_directory(directory: Path, model, tokenizer: Tokenizer | None, dtype
             if source.is_file() and source.parent.resolve() != directory.resolve():
                 shutil.copyfile(source, directory / source.name)
                 fsync(directory / source.name)
+        if tokenizer.chat_template and not tokenizer.has_own_template:
+            with write_atomically(directory / "chat_template.jinja") as file:
+                file.write(tokenizer.chat_template.encode())
         if (tokenizer.directory / "generation_config.json").is_file():
             generation_config = read_json(tokenizer.directory / "generation_config.json")
         generation_config["eos_token_id"] = list(tokenizer.stop_ids)
