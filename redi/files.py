@@ -23,6 +23,20 @@ from safetensors.numpy import save_file
 MAX_LINE_BYTES = 64 * 2**20
 LOCK = ".lock"  # in a directory that one process at a time writes
 _locks: dict[Path, int] = {}  # lock file -> the open file that holds the lock
+# First bytes of a file that is not JSONL -> what it is, and what converts it.
+OTHER_FORMATS = {
+    b"[": ("a JSON array", "jq -c '.[]'"),
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"PK\x03\x04": ("a zip archive", "unzip"),
+    b"PAR1": ("parquet", "datasets.Dataset.from_parquet(FILE).to_json(FILE)"),
+    b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
+    b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
+    b"{\0": ("UTF-16", "iconv -f UTF-16LE -t UTF-8"),
+    b"\0{": ("UTF-16", "iconv -f UTF-16BE -t UTF-8"),
+}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -36,6 +50,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
+            if number == 1 and (other := [OTHER_FORMATS[start] for start in OTHER_FORMATS if line.startswith(start)]):
+                raise ValueError(f"{path}: expected JSONL, found {other[0][0]}; convert it with {other[0][1]}")
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(f"{path}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB")
             if line.strip():

@@ -1,6 +1,9 @@
 """What a user may get wrong: one clear sentence, a non-zero exit, and nothing written or overwritten."""
 
+import bz2
+import gzip
 import json
+import lzma
 import math
 import os
 import signal
@@ -10,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +20,6 @@ import train
 from redi import data
 from redi import files as cache
 from redi.files import read_jsonl
-from redi.hub.config import load_config
 from redi.rows import TokenSettings, read_examples
 from redi.tokenizer import Tokenizer
 from tests import tiny
@@ -96,7 +97,7 @@ BAD_PAIRS = {
                        r"\(found completion, prompt\): a row of one completion, where a pair is expected"),
     "no prompt": (row(prompt=None), "no key 'prompt'"),
     "an empty object": ({}, r"no key 'chosen' \(found none\)"),
-    "chosen equals rejected": (row(rejected=message("3")), "chosen equals rejected"),
+    "chosen equals rejected": (row(rejected=message("3")), "chosen and rejected are identical"),
     "strings without a common start": ({"chosen": "a", "rejected": "b"}, "no key 'prompt'.*no common start"),
     "an empty completion": (row(chosen=message("")), "a completion is empty"),
     "a blank completion": (row(rejected=message(" \n")), "a completion is empty"),
@@ -105,7 +106,7 @@ BAD_PAIRS = {
     "an empty prompt": (row(prompt="", chosen="a", rejected="b"), "the prompt or a completion has no tokens"),
     "no messages": (row(prompt=[]), "'prompt' must be a non-empty list"),
     "a number": (row(chosen=4), "'chosen' must be a non-empty list of messages or a string"),
-    "null": (row(rejected=[None]), "'rejected' holds a message without"),
+    "null": (row(rejected=[None]), "'rejected' has a message without"),
     "a message without role": (row(chosen=[{"content": "3"}]), "without the strings 'role' and 'content'"),
     "content in parts": (row(chosen=[{"role": "assistant", "content": [{"type": "text", "text": "3"}]}]),
                          "without the strings 'role' and 'content'"),
@@ -164,6 +165,35 @@ def test_bad_positives_are_named_by_file_line_and_key(tokenizer_place, case):
     check_bad_row(tokenizer_place, BAD_POSITIVES[case][0], good, BAD_POSITIVES[case][1], pairs=False)
 
 
+OTHER_FORMATS = {
+    "array": (b'[{"prompt": "a", "completion": "b"}]', "a JSON array.*jq"),
+    "array over lines": (b'[\n  {"prompt": "a", "completion": "b"}\n]\n', "a JSON array"),
+    "gzip": (gzip.compress(b'{"prompt": "a"}'), "gzip.*gunzip"),
+    "bzip2": (bz2.compress(b'{"prompt": "a"}'), "bzip2"),
+    "xz": (lzma.compress(b'{"prompt": "a"}'), "xz"),
+    "zstd": (bytes.fromhex("28b52ffd04001900007b7d0a"), "zstd.*unzstd"),
+    "parquet": (b"PAR1\x15\x04\n\x15PAR1", "parquet"),
+    "zip": (b"PK\x03\x04\x14\0", "a zip archive"),
+    "UTF-16": ('{"prompt": "a", "completion": "b"}\n'.encode("utf-16"), "UTF-16.*iconv"),
+    "UTF-16, no mark": ('{"prompt": "a", "completion": "b"}\n'.encode("utf-16-le"), "UTF-16"),
+    "UTF-16, big-endian": ('{"prompt": "a", "completion": "b"}\n'.encode("utf-16-be"), "UTF-16"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FORMATS)
+def test_a_file_that_is_not_jsonl_is_named_for_what_it_is(tmp_path, case):
+    content, expected = OTHER_FORMATS[case]
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=f"rows.jsonl: .*{expected}") as error:
+        list(read_jsonl(tmp_path / "rows.jsonl"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_of_utf_8_is_passed_over(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n')
+    assert list(read_jsonl(tmp_path / "rows.jsonl")) == [(1, {"prompt": "a"})]
+
+
 def test_a_line_of_100_megabytes_is_refused_without_reading_it_whole(tmp_path):
     path = tmp_path / "rows.jsonl"
     with open(path, "wb") as file:
@@ -213,7 +243,7 @@ def test_prompts_longer_than_the_context(place):
 
 def test_a_model_without_weights(place):
     (place / "model" / "model.safetensors").unlink()
-    refused(place, "model holds no weights")
+    refused(place, "model has no weights")
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers(place):
@@ -221,83 +251,6 @@ def test_a_vocabulary_smaller_than_the_tokenizers(place):
     (place / "model" / "config.json").write_text(json.dumps(raw | {"vocab_size": raw["vocab_size"] - 1}))
     highest = raw["vocab_size"] - 1
     refused(place, f"the tokenizer has ids up to {highest}, but the model's vocabulary has {highest} entries")
-
-
-def write_directory(directory: Path, config: dict, ids: int, added: dict[int, str], eos_token: str) -> Path:
-    """A model directory without weights, and a tokenizer of so many ids."""
-    directory.mkdir()
-    vocabulary = {added.get(id, f"word{id}"): id for id in range(ids)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="word9"))
-    tokenizer.add_special_tokens(list(added.values()))
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
-    (directory / "config.json").write_text(json.dumps({**tiny.QWEN2, **config}))
-    return directory
-
-
-QWEN_TOKENS = {151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>"}
-LLAMA3_TOKENS = {128000: "<|begin_of_text|>", 128001: "<|end_of_text|>", 128008: "<|eom_id|>", 128009: "<|eot_id|>"}
-LLAMA_TOKENS = {0: "<unk>", 1: "<s>", 2: "</s>"}
-SMOLLM_TOKENS = {0: "<|endoftext|>", 1: "<|im_start|>", 2: "<|im_end|>"}
-DEEPSEEK_TOKENS = {151643: "<|end_of_sentence|>", 151646: "<|begin_of_sentence|>"}
-MODELS = {  # the vocabulary and the ids in config.json
-    "Qwen2.5-Math-1.5B": {"vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151643},
-    "Qwen2.5-7B-Instruct": {"vocab_size": 152064, "bos_token_id": 151643, "eos_token_id": 151645},
-    "Qwen3-0.6B": {"vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151645},
-    "Llama-3-8B-Instruct": {"vocab_size": 128256, "bos_token_id": 128000, "eos_token_id": 128001},
-    "Llama-3.1-8B-Instruct": {"vocab_size": 128256, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]},
-    "SmolLM2-135M-Instruct": {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2},
-    "Llama-2-7b": {"vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2},
-    "DeepSeek-R1-Distill-Qwen-1.5B": {"vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151643},
-    "deepseek-llm-7b-base": {"vocab_size": 102400, "bos_token_id": 100000, "eos_token_id": 100001},
-    "made by hand": {"vocab_size": 151936},
-}
-TOKENIZERS = {  # of the same models: how many ids, the special ones among them, and tokenizer_config.json's eos_token
-    "Qwen2.5-Math-1.5B": (151665, QWEN_TOKENS, "<|endoftext|>"),
-    "Qwen2.5-7B-Instruct": (151665, QWEN_TOKENS, "<|im_end|>"),
-    "Qwen3-0.6B": (151669, QWEN_TOKENS, "<|im_end|>"),
-    "Llama-3-8B-Instruct": (128256, LLAMA3_TOKENS, "<|eot_id|>"),
-    "Llama-3.1-8B-Instruct": (128256, LLAMA3_TOKENS, "<|eot_id|>"),
-    "SmolLM2-135M-Instruct": (49152, SMOLLM_TOKENS, "<|im_end|>"),
-    "Llama-2-7b": (32000, LLAMA_TOKENS, "</s>"),
-    "DeepSeek-R1-Distill-Qwen-1.5B": (151665, DEEPSEEK_TOKENS, "<|end_of_sentence|>"),
-    "deepseek-llm-7b-base": (100015, {100000: "<|begin_of_sentence|>", 100001: "<|end_of_sentence|>"},
-                             "<|end_of_sentence|>"),
-    "made by hand": (300, SMOLLM_TOKENS, "<|im_end|>"),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_models_own_tokenizer_is_accepted(tmp_path, name):
-    """However much the vocabulary is padded, and whatever else the files say that does not agree."""
-    directory = write_directory(tmp_path / "model", MODELS[name], *TOKENIZERS[name])
-    assert load_config(directory, Tokenizer.from_pretrained(directory)).vocab_size == MODELS[name]["vocab_size"]
-
-
-@pytest.mark.parametrize("model, tokenizer, message", [
-    ("Qwen2.5-Math-1.5B", "SmolLM2-135M-Instruct", "expected a special token at 151643, the eos_token_id of "
-     "config.json, found '' in tokenizer.json: it is the tokenizer of another model"),
-    ("Qwen3-0.6B", "Llama-3-8B-Instruct", "expected a special token at 151645, .* found '' in"),
-    ("Llama-3.1-8B-Instruct", "SmolLM2-135M-Instruct", "expected a special token at 128001, .* found '' in"),
-    ("Qwen2.5-Math-1.5B", "made by hand", "expected a special token at 151643"),
-    ("deepseek-llm-7b-base", "SmolLM2-135M-Instruct", "expected a special token at 100001"),
-    ("SmolLM2-135M-Instruct", "Llama-2-7b", "expected a tokenizer of about 49152 ids, the size of the model's "
-     "vocabulary, found one of 32000: it is the tokenizer of another model"),
-    ("Llama-3-8B-Instruct", "Qwen2.5-Math-1.5B", "the tokenizer has ids up to 151664, but the model's vocabulary has"),
-])  # fmt: skip
-def test_another_models_tokenizer_is_refused(tmp_path, model, tokenizer, message):
-    directory = write_directory(tmp_path / "model", MODELS[model], *TOKENIZERS[tokenizer])
-    with pytest.raises(ValueError, match=f"model: {message}"):
-        load_config(directory, Tokenizer.from_pretrained(directory))
-
-
-def test_a_model_directory_with_another_models_tokenizer(place):
-    raw = json.loads((place / "model" / "config.json").read_text())
-    word, = Tokenizer.from_pretrained(place / "model").encode("A")
-    (place / "model" / "config.json").write_text(json.dumps(raw | {"eos_token_id": word}))
-    refused(place, f"model: expected a special token at {word}, the eos_token_id of config.json, found 'A' in token")
-    (place / "model" / "config.json").write_text(json.dumps(raw | {"eos_token_id": [word, 2]}))
-    train.main(arguments(place))
 
 
 def test_held_out_rows_of_the_wrong_kind(place):
@@ -331,13 +284,11 @@ def test_an_unsupported_model(place):
     refused(place, "config.json: model_type is 'qwen2_moe'; supported are")
 
 
-def test_absurd_sizes_are_refused_before_memory_is_taken(place):
+def test_absurd_sizes_are_refused_before_memory_is_allocated(place):
     raw = json.loads((place / "model" / "config.json").read_text())
-    huge = {"hidden_size": 2**16, "vocab_size": 2**22, "intermediate_size": 2**18, "num_hidden_layers": 512}
-    (place / "model" / "config.json").write_text(json.dumps(raw | huge))
-    started = time.perf_counter()
-    refused(place, "has shape .* but config.json asks for")  # half a petabyte, on the meta device only
-    assert time.perf_counter() - started < 60
+    for sizes in ({"hidden_size": 2**26, "vocab_size": 2**32}, {"num_hidden_layers": 10**9}):
+        (place / "model" / "config.json").write_text(json.dumps(raw | sizes))
+        refused(place, "has shape .* but config.json asks for|the weights lack 'model.layers.3")
 
 
 def test_no_end_of_text_token_to_append(place):
@@ -368,41 +319,22 @@ def test_a_full_disk_while_tokenising(place, monkeypatch):
 
 # Settings
 
-BAD_SETTINGS = [
-    ({"batch_size": 0}, "--batch-size: '0' is not a whole number above 0"),
-    ({"batch_size": -4}, "--batch-size: '-4' is not a whole number above 0"),
-    ({"batch_size": 2.5}, "--batch-size: '2.5' is not a whole number above 0"),
-    ({"lr": 0}, "--lr: '0' is not a number above 0"),
-    ({"lr": "nan"}, "--lr: 'nan' is not a number above 0"),
-    ({"lr": "inf"}, "--lr: 'inf' is not a number above 0"),
-    ({"lr": "fast"}, "--lr: 'fast' is not a number above 0"),
-    ({"epochs": "inf", "steps": None}, "--epochs: 'inf' is not"),
-    ({"epochs": 0, "steps": None}, "--epochs: '0' is not"),
-    ({"steps": 0}, "--steps: '0' is not"),
-    ({"warmup": 1.5}, "--warmup: '1.5' is not a share from 0 to 1"),
-    ({"warmup": "nan"}, "--warmup: 'nan' is not"),
-    ({"alpha": -0.1}, "--alpha: '-0.1' is not a number from 0 up"),
-    ({"alpha": "nan"}, "--alpha: 'nan' is not"),
-    ({"weight_decay": -1}, "--weight-decay: '-1' is not"),
-    ({"max_grad_norm": 0}, "--max-grad-norm: '0' is not"),
-    ({"seed": -1}, "--seed: '-1' is not a whole number from 0 up"),
-    ({"save_every": -1}, "--save-every: '-1' is not"),
-    ({"keep_checkpoints": -1}, "--keep-checkpoints: '-1' is not"),
-    ({"max_skipped": -1}, "--max-skipped: '-1' is not"),
-    ({"log_every": 0}, "--log-every: '0' is not"),
-    ({"eval_every": 0}, "--eval-every: '0' is not a whole number above 0"),
-    ({"micro_batch_tokens": 0}, "--micro-batch-tokens: '0' is not"),
-    ({"max_tokens": 0}, "--max-tokens: '0' is not"),
-    ({"rope_theta": -5}, "--rope-theta: '-5' is not a number above 0"),
-    ({"max_position_embeddings": 0}, "--max-position-embeddings: '0' is not"),
-    ({"dtype": "float16"}, "--dtype: invalid choice: 'float16'"),
-    ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
-]
+BAD_SETTINGS = {
+    "batch_size": (0, -4, 2.5), "lr": (0, "nan", "inf", "fast"), "epochs": ("inf", 0), "steps": (0,), "seed": (-1,),
+    "warmup": (1.5, "nan"), "alpha": (-0.1, "nan"), "weight_decay": (-1,), "max_grad_norm": (0,), "save_every": (-1,),
+    "keep_checkpoints": (-1,), "max_skipped": (-1,), "log_every": (0,), "eval_every": (0,), "micro_batch_tokens": (0,),
+    "max_tokens": (0,), "rope_theta": (-5,), "max_position_embeddings": (0,),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("changes, expected", BAD_SETTINGS, ids=lambda x: str(x)[:50])
-def test_settings_out_of_range(place, changes, expected):
-    refused(place, expected, **changes)
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD_SETTINGS.items() for value in values])
+def test_settings_out_of_range(place, name, value):
+    refused(place, f"--{name.replace('_', '-')}.*: '{value}' is not", **{name: value})
+
+
+def test_settings_that_are_no_choice(place):
+    refused(place, "--dtype: invalid choice: 'float16'", dtype="float16")
+    refused(place, "--resume and --overwrite exclude each other", resume=True, overwrite=True)
 
 
 @pytest.mark.parametrize("changes", [{"beta": 0}, {"beta": "nan"}, {"label_smoothing": 0.6}, {"label_smoothing": -1}])
@@ -416,7 +348,7 @@ def test_settings_of_dpo_out_of_range(place, changes):
 ])  # fmt: skip
 def test_flags_of_another_method_are_refused(place, method, flag, owners):
     before = contents(place)
-    with pytest.raises(ValueError, match=f"^{method} has no flag {flag.partition('=')[0]}: it is for {owners}$"):
+    with pytest.raises(ValueError, match=f"^{method} has no flag {flag.partition('=')[0]}: .* {owners}$"):
         train.main([*arguments(place, method), flag])
     assert contents(place) == before
 
