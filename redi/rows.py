@@ -1,4 +1,4 @@
-"""A line of positives or pairs, in any form that TRL reads too -> token ids of its prompt and completions. No torch."""
+"""A line of positives or pairs, in any form that TRL reads -> token ids of its prompt and completions. No torch."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,14 @@ from itertools import islice, takewhile
 from pathlib import Path
 
 from redi.files import error_context, read_jsonl
-from redi.tokenizer import PREFILL, Tokenizer
+from redi.tokenizer import PREFILL, REASONING_KEYS, Tokenizer
+
+# Keys that change what a trainer makes of a row or of the assistant's message, and that are not supported here.
+ROW_KEYS = (
+    "tools", "functions", "documents", "chat_template_kwargs", "system", "image", "images", "video", "videos", "audio",
+    "audios", "input_ids", "completion_mask", "assistant_masks", *REASONING_KEYS,
+)  # fmt: skip
+ANSWER_KEYS = ("tool_calls", "function_call")
 
 
 @dataclass(frozen=True)
@@ -32,14 +39,15 @@ class TokenSettings:
 
 @dataclass
 class Example:
-    """One row: the prompt (messages, or text to be continued as it stands) and its completions.
+    """One row: the prompt (messages, or plain text to be continued) and its completions.
 
-    completions has one text for SFT, and (chosen, rejected) for pairs.
+    completions: one text for SFT, (chosen, rejected) for pairs; or, where an assistant's message has keys besides role
+    and content, the message.
     """
 
     line: int
     prompt: list[dict] | str
-    completions: tuple[str, ...]
+    completions: tuple[str | dict, ...]
 
 
 def encode_rows(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> Iterator[tuple[int, list[list[int]]]]:
@@ -49,7 +57,7 @@ def encode_rows(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> It
         try:
             encoded = encode(examples, tokenizer, settings)
         except ValueError:
-            for example in examples:  # one by one, to tell which it was
+            for example in examples:  # one at a time, to find the line
                 with error_context(f"{path}, line {example.line}"):
                     encode([example], tokenizer, settings)
             raise
@@ -59,8 +67,8 @@ def encode_rows(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> It
 def encode(examples: list[Example], tokenizer: Tokenizer, settings: TokenSettings) -> list[list[list[int]]]:
     """[prompt ids, completion ids, …] of each example; a completion ends with the end of turn.
 
-    A plain-text prompt is continued as it stands; a conversation goes through the chat template. Raises
-    ValueError for text that UTF-8 cannot hold, messages that the template refuses, and what has no tokens.
+    A plain-text prompt is continued unchanged; a conversation goes through the chat template. Raises ValueError for
+    text that UTF-8 cannot hold, messages that the template refuses, and an empty prompt or completion.
     """
     end = [tokenizer.end_of_turn_id]
     if settings.append_end_of_text:
@@ -74,8 +82,14 @@ def encode(examples: list[Example], tokenizer: Tokenizer, settings: TokenSetting
         for example in examples
     ]
     columns = [tokenizer.encode_batch(prompts)]
-    for texts in zip(*(example.completions for example in examples)):
-        columns.append(tokenizer.encode_completions(list(texts), settings.prefill, prompts))
+    for completions in zip(*(example.completions for example in examples)):
+        texts = [
+            completion
+            if isinstance(completion, str)
+            else tokenizer.render_response(example.prompt, completion, settings.system_prompt)
+            for example, completion in zip(examples, completions)
+        ]
+        columns.append(tokenizer.encode_completions(texts, settings.prefill, prompts))
     if not all(ids for column in columns for ids in column):
         raise ValueError("the prompt or a completion has no tokens")
     rows = [[prompt, *(ids + end for ids in completions)] for prompt, *completions in zip(*columns)]
@@ -85,35 +99,51 @@ def encode(examples: list[Example], tokenizer: Tokenizer, settings: TokenSetting
 
 
 def read_examples(path: str | Path, pairs: bool) -> Iterator[Example]:
-    """Read positives (pairs=False) or pairs in any of TRL's forms.
+    """Read positives (pairs=False) or pairs in any of TRL's forms. Keys whose value is null count as absent.
 
-    Message lists or plain strings; for pairs a prompt of its own or left implicit as the common start of
-    chosen and rejected; for SFT prompt and completion, or `messages` that end with the assistant.
+    Message lists or plain strings; for pairs an explicit prompt or an implicit one, the common start of chosen and
+    rejected; for SFT prompt and completion, or `messages` that end with the assistant.
     Raises ValueError naming file, line and key.
     """
     for line, row in read_jsonl(path):
         with error_context(f"{path}, line {line}"):
+            row = _without_nulls(row)
+            if unused := [key for key in ROW_KEYS if row.get(key)]:
+                raise ValueError(f"the key {unused[0]!r} is not supported: it would not be trained on")
             prompt, completions = _pair(row) if pairs else _positive(row)
-            if not all(text.strip() for text in completions):
+            if not all(isinstance(completion, dict) or completion.strip() for completion in completions):
                 raise ValueError("a completion is empty")
             if pairs and completions[0] == completions[1]:
-                raise ValueError("chosen equals rejected, which teaches nothing")
+                raise ValueError("chosen and rejected are identical")
         yield Example(line, prompt, completions)
 
 
-def _positive(row: dict) -> tuple[list[dict] | str, tuple[str]]:
+def _without_nulls(value):
+    """JSON data without the keys whose value is null, which `datasets` writes for absent ones."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _positive(row: dict) -> tuple[list[dict] | str, tuple[str | dict]]:
+    if row.get("label", True) != True:
+        raise ValueError(f"'label' is {row['label']!r}, but every completion of this file is trained on as correct")
     if "messages" in row:
         *prompt, answer = _messages(row, "messages")
         if not prompt:
             raise ValueError("'messages' has no prompt before the answer")
-        return prompt, (_assistant_text([answer], "messages"),)
+        if row.get("completion", answer["content"]) not in (answer["content"], [answer]):
+            raise ValueError("'messages' and 'completion' end with different answers")
+        return prompt, (_answer([answer], "messages"),)
     completion, prompt = _field(row, "completion"), _field(row, "prompt")
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, (completion,)
-    return _as_messages(row, "prompt"), (_assistant_text(_messages(row, "completion"), "completion"),)
+    return _as_messages(row, "prompt"), (_answer(_messages(row, "completion"), "completion"),)
 
 
-def _pair(row: dict) -> tuple[list[dict] | str, tuple[str, str]]:
+def _pair(row: dict) -> tuple[list[dict] | str, tuple[str | dict, str | dict]]:
     chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt = row["prompt"] if "prompt" in row else os.path.commonprefix([chosen, rejected])
@@ -133,7 +163,7 @@ def _pair(row: dict) -> tuple[list[dict] | str, tuple[str, str]]:
         stated = _as_messages(row, "prompt")
         if prompt[: len(stated)] != stated:  # else the conversations only repeat the prompt beside them
             prompt = stated + prompt
-    return prompt, (_assistant_text(completions[0], "chosen"), _assistant_text(completions[1], "rejected"))
+    return prompt, (_answer(completions[0], "chosen"), _answer(completions[1], "rejected"))
 
 
 def _field(row: dict, key: str):
@@ -158,11 +188,15 @@ def _messages(row: dict, key: str) -> list[dict]:
         raise ValueError(f"{key!r} must be a non-empty list of messages or a string")
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"{key!r} holds a message without the strings 'role' and 'content'")
+            raise ValueError(f"{key!r} has a message without the strings 'role' and 'content'")
     return messages
 
 
-def _assistant_text(messages: list[dict], key: str) -> str:
+def _answer(messages: list[dict], key: str) -> str | dict:
+    """The content of the one assistant's message; the message where it has other keys."""
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise ValueError(f"{key!r} must end with exactly one assistant message after the prompt")
-    return messages[0]["content"]
+    [message] = messages
+    if unused := [name for name in ANSWER_KEYS if message.get(name)] or ["weight"] * (message.get("weight", 1) != 1):
+        raise ValueError(f"{key!r}: the key {unused[0]!r} of the assistant's message is not supported")
+    return message["content"] if message.keys() == {"role", "content"} else message

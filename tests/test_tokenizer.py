@@ -3,18 +3,15 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import tokenizers
 
-from redi import tokenizer as chat_template
-from redi.tokenizer import CHATML_TEMPLATE
 from redi.files import resolve_directory
 from redi.problems import PROMPT_TEMPLATES, user_message
-from redi.tokenizer import Tokenizer
+from redi.tokenizer import CHATML_TEMPLATE, Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 THINK = "<think>\n"
@@ -158,37 +155,210 @@ def test_template_conventions(tmp_path):
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
     ("{{ messages.append(1) }}", "unsafe"),
     ("{{ cycler.__init__.__globals__.os.system('touch escaped') }}", "unsafe"),
-    ("{{ ('x' * 10000000000) | length }}", "MemoryError"),
-    ("{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s * 2 %}{% endfor %}", "Memory"),
-    ("{{ 'x' * 2000000 }}", "2000000 characters"),
     ("{% include '/etc/passwd' %}", "loader"),
     ("{% for message in messages %}", "end"),
     ("{{ raise_exception('no') }}", "no"),
-    ("{" * 100_000, ""),
+    ("{{ messages[0].content + 1 }}", "concatenate"),
+    ("{{ 1 / 0 }}", "zero"),
 ])
-def test_hostile_templates_are_refused_in_one_sentence(tmp_path, template, reason):
+def test_templates_that_fail_or_leave_the_sandbox_are_refused_in_one_sentence(tmp_path, template, reason):
     with pytest.raises(ValueError, match="chat template") as error:
         Tokenizer.from_pretrained(write_tokenizer(tmp_path, template))
     assert reason in str(error.value) and str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600 and not Path("escaped").exists()
 
 
-@pytest.mark.parametrize("template", [
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 9 ** (9 ** 9) }}"])
-def test_endless_templates_are_stopped(tmp_path, template, monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 0.25)  # the wall clock's limit, four times this
-    started = time.monotonic()
-    with pytest.raises(ValueError, match="chat template did not finish in 1.0 s"):
-        Tokenizer.from_pretrained(write_tokenizer(tmp_path, template))
-    assert time.monotonic() - started < 5
+# Which template, and which token ends a turn
 
 
-def test_cpu_limit_of_the_child(tmp_path):
-    """Also without the parent's clock, as when the parent is killed meanwhile, the child ends."""
-    request = ["{{ 9 ** (9 ** 9) }}", {}, [[{"role": "user", "content": "question"}]]]
-    code = ("import io, json, sys; import redi.tokenizer as t; t.SECONDS = 1; "
-            f"sys.stdin = io.StringIO({json.dumps(request)!r}); t._render_in_child()")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode < 0
+def test_chatml_is_the_default_and_said(tmp_path):
+    own = Tokenizer.from_pretrained(write_tokenizer(tmp_path / "own", QWEN_TEMPLATE))
+    assert own.has_own_template and own.notices == []
+    for name, template in (("absent", None), ("empty", "")):
+        default = Tokenizer.from_pretrained(write_tokenizer(tmp_path / name, template))
+        assert default.chat_template == CHATML_TEMPLATE and not default.has_own_template
+        notice, = default.notices
+        assert str(tmp_path / name) in notice and "no chat template" in notice and "ChatML" in notice
+
+
+@pytest.mark.parametrize("lacking", ["<|im_end|>", "<|im_start|>"])
+def test_chatml_without_its_tokens_is_refused_for_conversations_only(tmp_path, lacking):
+    """Plain text needs no template."""
+    path = write_tokenizer(tmp_path) / "tokenizer.json"
+    path.write_text(path.read_text().replace(lacking, "<|other|>"))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.chat_template is None and tokenizer.end_of_turn_id == 0 and tokenizer.encode("1")
+    with pytest.raises(ValueError, match=f"{tmp_path}: no chat template, and .*im_start.*im_end.*chat_template.jinja"):
+        tokenizer.render_prompt([user_message("1?")])
+
+
+def test_named_templates_without_a_default_are_refused_by_name(tmp_path):
+    named = [{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "y"}]
+    for value in (named, {"tool_use": "x", "rag": "y"}, [], [{"name": "default", "template": None}, *named]):
+        with pytest.raises(ValueError, match="tokenizer_config.json: named chat templates .*none is 'default'") as error:
+            Tokenizer.from_pretrained(write_tokenizer(tmp_path, value))
+        assert not value or "'tool_use', 'rag'" in str(error.value)
+    directory = write_tokenizer(tmp_path)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    with pytest.raises(ValueError, match="additional_chat_templates: named chat templates .'tool_use'"):
+        Tokenizer.from_pretrained(directory)
+    (directory / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+    assert Tokenizer.from_pretrained(directory).chat_template == QWEN_TEMPLATE
+
+
+PHI_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}{{ eos_token }}"
+
+
+@pytest.mark.parametrize("template", [None, QWEN_TEMPLATE, PHI_TEMPLATE])
+def test_the_templates_end_of_turn_need_not_be_a_special_token(tmp_path, template):
+    path = write_tokenizer(tmp_path, template) / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    for token in tokenizer["added_tokens"]:
+        token["special"] = token["content"] == "<|endoftext|>"
+    path.write_text(json.dumps(tokenizer))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.end_of_turn_id == 2 and tokenizer.end_of_text_id == 0 and tokenizer.stop_ids == [2, 0]
+
+
+def test_the_end_of_turn_may_be_a_word_of_the_vocabulary_and_blanks_are_none(tmp_path):
+    template = "{% for m in messages %}{{ m.content }}\n\n</s>{% endfor %}"
+    directory = write_tokenizer(tmp_path, template, {"eos_token": "stop"})
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "stop": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.save(str(directory / "tokenizer.json"))
+    assert Tokenizer.from_pretrained(directory).stop_ids == [0, 1]
+    blanks = tokenizers.Tokenizer.from_file(str(write_tokenizer(directory, template.replace("</s>", "{{ eos_token }}"))
+                                                / "tokenizer.json"))
+    blanks.add_tokens(["\n\n"])
+    blanks.save(str(directory / "tokenizer.json"))
+    assert Tokenizer.from_pretrained(directory).stop_ids == [0]
+
+
+def test_an_end_of_turn_of_several_tokens_is_said(tmp_path):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, "{{ messages[-1].content }} END OF ANSWER"))
+    notice, = tokenizer.notices
+    assert tokenizer.end_of_turn_id == 0 and "END OF ANSWER" in notice and "'<|endoftext|>'" in notice
+
+
+# A thought that the prompt opens
+
+
+def template_that_opens(thought: str) -> str:
+    return QWEN_TEMPLATE.replace("assistant\\n' }}", f"assistant\\n{thought}' }}}}")
+
+
+@pytest.mark.parametrize("opened", ["<think>", r"<think>\n", r"<think>\n\n", "<think> "])
+@pytest.mark.parametrize("prefill", [THINK, "<think>", "", "<think>\nOkay"])
+@pytest.mark.parametrize("response", ["<think>\nOkay.\n</think>\n\n2", "<think>Okay.</think>2", "\n<think>\nOkay",
+                                      "Okay.\n</think>\n\n2"])
+def test_a_thought_is_opened_once_in_training_and_evaluation(tmp_path, opened, prefill, response):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template_that_opens(opened)))
+    messages = [user_message("1 + 1?")]
+    prompt_text = tokenizer.render_prompt(messages)
+    [completion] = tokenizer.encode_completions([response], prefill, [prompt_text])
+    trained = tokenizer.encode(prompt_text) + completion
+    text = tokenizer.decode(trained, skip_special_tokens=False)
+    assert text.startswith(prompt_text) and text.count("<think>") == 1 and text.endswith(response[-4:])
+    evaluated = tokenizer.encode_prompt(messages, prefill=prefill)
+    assert tokenizer.decode(evaluated, skip_special_tokens=False).count("<think>") == 1
+    if response.startswith(prefill):
+        assert trained[: len(evaluated)] == evaluated
+
+
+def test_another_tag_that_the_prefill_opens_and_the_prompt_too(tmp_path):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template_that_opens(r"<reasoning>\n")))
+    messages = [user_message("1 + 1?")]
+    evaluated = tokenizer.encode_prompt(messages, prefill="<reasoning>\nOkay,")
+    assert tokenizer.decode(evaluated, skip_special_tokens=False).endswith("assistant\n<reasoning>\nOkay,")
+    [completion] = tokenizer.encode_completions(["<reasoning>2"], "<reasoning>\n", [tokenizer.render_prompt(messages)])
+    assert completion == tokenizer.encode("2")
+
+
+@pytest.mark.parametrize("empty", [r"<think>\n\n</think>\n\n", "<think></think>", r"<think>\n</think> "])
+def test_a_thought_behind_an_empty_one_is_refused_with_the_flag_that_helps(tmp_path, empty):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template_that_opens(empty)))
+    messages = [user_message("1 + 1?")]
+    prompt_text = tokenizer.render_prompt(messages)
+    with pytest.raises(ValueError, match="empty thought.*--prefill ''"):
+        tokenizer.encode_prompt(messages, prefill=THINK)
+    for prefill in (THINK, ""):
+        with pytest.raises(ValueError, match="empty thought.*--prefill ''"):
+            tokenizer.encode_completions(["<think>Okay</think>2"], prefill, [prompt_text])
+        assert tokenizer.encode_completions(["2"], prefill, [prompt_text]) == [tokenizer.encode("2")]
+    assert tokenizer.encode_prompt(messages) == tokenizer.encode(prompt_text)
+
+
+# Reasoning beside the content
+
+# Qwen3's place for it, in short
+REASONING_TEMPLATE = r"""{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\n' }}
+    {%- if m.reasoning_content is string and loop.last %}
+        {{- '<think>\n' + m.reasoning_content.strip('\n') + '\n</think>\n\n' }}
+    {%- endif %}
+    {{- m.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+"""
+CHANNELS_TEMPLATE = (
+    "{% for m in messages %}{% if m.thinking %}<|im_start|>analysis:{{ m.thinking }}{% endif %}<|im_start|>{{ m.role }}:"
+    "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("template, expected", [
+    (None, "<think>\n1, 2\n</think>\n\n2"),
+    (THINKING_TEMPLATE, "<think>\n1, 2\n</think>\n\n2"),
+    (REASONING_TEMPLATE, "<think>\n1, 2\n</think>\n\n2"),
+    (REASONING_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'"), "<think>\n1, 2\n</think>\n\n2"),
+    (REASONING_TEMPLATE.replace("</think>\\n\\n", "</think>"), "<think>\n1, 2\n</think>2"),
+    (CHANNELS_TEMPLATE, "analysis:1, 2\n<|im_start|>assistant:2"),
+])
+def test_reasoning_is_placed_as_the_template_does_or_in_a_thought(tmp_path, template, expected, key):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template))
+    messages, answer = [user_message("1 + 1?")], {"role": "assistant", "content": "2", key: "1, 2\n"}
+    text = tokenizer.render_response(messages, answer)
+    assert text == expected
+    [ids] = tokenizer.encode_completions([text], THINK, [tokenizer.render_prompt(messages)])
+    whole = tokenizer.decode(tokenizer.encode_prompt(messages) + ids, skip_special_tokens=False)
+    assert whole.count("1, 2") == 1 and whole.count("<think>") == expected.count("<think>")
+
+
+def test_other_keys_of_the_answer_pass_unless_the_template_uses_them(tmp_path):
+    named = QWEN_TEMPLATE.replace("message.role + '\\n'", "message.role + (message.name or '') + '\\n'")
+    assert named != QWEN_TEMPLATE
+    answer = {"role": "assistant", "content": "2", "name": "R1", "score": 1}
+    messages = [user_message("1 + 1?")]
+    assert Tokenizer.from_pretrained(write_tokenizer(tmp_path / "a")).render_response(messages, answer) == "2"
+    with pytest.raises(ValueError, match="'name' of the assistant's message"):
+        Tokenizer.from_pretrained(write_tokenizer(tmp_path / "b", named)).render_response(messages, answer)
+
+
+@pytest.mark.parametrize("keys, expected", [
+    ({"reasoning_content": ["1"]}, "'reasoning_content' must be one text"),
+    ({"reasoning_content": "1", "thinking": "2"}, "'reasoning_content' and 'thinking' must be one text"),
+    ({"reasoning": "1", "content": "<think>\n2\n</think>\n\n2"}, "another thought"),
+    ({"reasoning": "1, 2", "content": "<think>\n1, 2\n</think>\n\n2"}, None),
+    ({"reasoning": "1, 2", "thinking": "1, 2", "content": "<think>1, 2</think>2"}, None),
+    ({"reasoning": " \n", "content": "2"}, None),
+])
+def test_reasoning_that_contradicts_itself_is_refused(tmp_path, keys, expected):
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, REASONING_TEMPLATE))
+    answer = {"role": "assistant", "content": "2", **keys}
+    if expected is None:
+        assert tokenizer.render_response([user_message("1?")], answer) == answer["content"]
+    else:
+        with pytest.raises(ValueError, match=expected):
+            tokenizer.render_response([user_message("1?")], answer)
+
+
+def test_reasoning_of_earlier_turns_reaches_the_template_under_its_name(tmp_path):
+    template = "{% for m in messages %}{{ m.reasoning_content or '' }}{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template))
+    history = [{"role": "assistant", "content": "2", "reasoning": "1, "}, user_message("why?")]
+    assert tokenizer.render_prompt(history) == "1, 2<|im_end|>why?<|im_end|>"
 
 
 @pytest.mark.parametrize("name, content, reason", [
