@@ -98,10 +98,14 @@ def train(args: argparse.Namespace) -> None:
         return print_rank0(f"{args.output / 'final'} exists: nothing to do")
     directory = resolve_directory(args.model, MODEL_FILES)
     tokenizer = Tokenizer.from_pretrained(directory)
+    for notice in tokenizer.notices:
+        print_rank0(notice)
     config = read_config(args, directory, tokenizer)
     model = load_sharded(directory, config, device, DTYPES[args.dtype], args.recompute, args.keep_layers, args.compile)
     dataset = load_data(args, args.data, tokenizer, config)
     eval_dataset = args.eval_data and load_data(args, args.eval_data, tokenizer, config)
+    if eval_dataset:
+        data.compare_held_out(dataset, eval_dataset, args.data, args.eval_data)
     # Nothing is written before all inputs are checked.
     run.prepare_output_dir(weights_digest(directory), dataset.digest, eval_dataset and eval_dataset.digest)
     batching = {"batch_size": args.batch_size, "micro_batch_tokens": args.micro_batch_tokens}

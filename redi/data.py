@@ -1,4 +1,4 @@
-"""From rows to packed micro-batches: token ids, shifted labels, and which rows go into step s on rank r.
+"""From rows to packed micro-batches: token ids, shifted labels, and which rows rank r trains on in step s.
 
     load_dataset (rows.py: JSONL -> token ids, once, memory-mapped)
         -> step_rows, partition (pure functions) -> pack -> MicroBatch
@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from redi.files import cache_path, file_digest, load_arrays, save_arrays
+from redi.distributed import print_rank0
+from redi.files import cache_path, code_digest, file_digest, load_arrays, save_arrays
 from redi.losses import IGNORE_INDEX
 from redi.rows import TokenSettings, encode_rows
 from redi.tokenizer import Tokenizer
 
-READERS = ("rows.py", "tokenizer.py", "data.py")  # the code that makes ids of rows
+READERS = [Path(__file__).with_name(name) for name in ("rows.py", "tokenizer.py", "data.py")]  # rows -> token ids
 
 
 @dataclass
@@ -26,11 +27,12 @@ class Dataset:
 
     ids: np.ndarray  # (total,) int32: prompt and completion of each sequence
     offsets: np.ndarray  # (S + 1,) int64, where each sequence starts in ids
-    prompt_lengths: np.ndarray  # (S,) int64, tokens before the first label
+    prompt_lengths: np.ndarray  # (S,) int64
     lines: np.ndarray  # (examples,) int64, line in the JSONL file
     dropped: int  # examples over a length limit
     sequences_per_example: int
-    digest: str  # of the token ids and all that decides the labels
+    digest: str  # of the token ids and of where labels begin
+    loss_on_prompt: bool = False
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -41,23 +43,36 @@ class Dataset:
         return (np.diff(self.offsets) - 1).reshape(len(self), -1)
 
     @property
+    def label_spans(self) -> np.ndarray:
+        """(S, 2): the tokens [first, stop) of a sequence are its labels. The only definition of what is trained on."""
+        first = np.ones_like(self.prompt_lengths) if self.loss_on_prompt else self.prompt_lengths
+        return np.stack([first, np.diff(self.offsets)], axis=1)
+
+    @property
     def label_counts(self) -> np.ndarray:
         """(examples, k): |y|, labels of each sequence."""
-        return (np.diff(self.offsets) - self.prompt_lengths).reshape(len(self), -1)
+        return np.diff(self.label_spans).reshape(len(self), -1)
+
+    def content(self, example: int, prompt_only: bool = False) -> bytes:
+        """Token ids of an example, or of its prompt, to compare it by."""
+        first, stop = example * self.sequences_per_example, (example + 1) * self.sequences_per_example
+        ids = self.ids[self.offsets[first] : self.offsets[stop]]
+        return (ids[: self.prompt_lengths[first]] if prompt_only else ids).tobytes()
 
 
 def load_dataset(path: Path, tokenizer: Tokenizer, settings: TokenSettings, fallback: Path) -> Dataset:
-    """Tokenise a JSONL file, once: the ids are kept beside it (or in the directory `fallback`) and memory-mapped.
+    """Tokenise a JSONL file, once: the ids are cached beside it (or in the directory `fallback`) and memory-mapped.
 
-    That file's name depends on the data, the tokenizer, the settings, and the code that makes ids of them.
-    Raises ValueError naming file and line for bad rows, and where nothing is left to train on.
+    The cache's name depends on the data, the tokenizer, the settings, and the code that turns rows into ids.
+    Raises ValueError naming file and line for invalid rows, and where no example is left.
     """
-    code = [file_digest(Path(__file__).with_name(name)) for name in READERS]
-    inputs = [file_digest(path), file_digest(tokenizer.directory / "tokenizer.json"), tokenizer.chat_template]
-    cache = cache_path(path, "tokens", fallback, settings, *inputs, *code)
+    inputs = [file_digest(path), file_digest(tokenizer.directory / "tokenizer.json"), tokenizer.chat_template,
+              tokenizer.special_tokens, tokenizer.stop_ids]  # fmt: skip
+    cache = cache_path(path, "tokens", fallback, settings, *inputs, code_digest(*READERS))
     if not cache.is_file():
-        arrays, metadata = _tokenize(path, tokenizer, settings)
-        save_arrays(cache, arrays, metadata)
+        dataset = _tokenize(path, tokenizer, settings)
+        arrays = {key: value for key, value in vars(dataset).items() if isinstance(value, np.ndarray)}
+        save_arrays(cache, arrays, {"dropped": str(dataset.dropped), "digest": dataset.digest})
     arrays, metadata = load_arrays(cache, mapped=("ids",))
     if not len(arrays["lines"]):
         raise ValueError(
@@ -65,10 +80,8 @@ def load_dataset(path: Path, tokenizer: Tokenizer, settings: TokenSettings, fall
             f"{settings.max_prompt} prompt, {settings.max_response} response or {settings.max_total} tokens in all)"
         )
     return Dataset(**arrays, dropped=int(metadata["dropped"]), sequences_per_example=2 if settings.pairs else 1,
-                   digest=metadata["digest"])
-
-
-def _tokenize(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> tuple[dict, dict]:
+                   digest=metadata["digest"], loss_on_prompt=settings.loss_on_prompt)
+def _tokenize(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> Dataset:
     sequences, prompt_lengths, lines, dropped = [], [], [], 0
     for line, (prompt, *completions) in encode_rows(path, tokenizer, settings):
         if not settings.fit(prompt, *completions):
@@ -77,16 +90,38 @@ def _tokenize(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> tupl
         lines.append(line)
         for completion in completions:
             sequences.append(np.array(prompt + completion, dtype=np.int32))
-            prompt_lengths.append(1 if settings.loss_on_prompt else len(prompt))
-    arrays = {
-        "ids": np.concatenate([np.empty(0, np.int32), *sequences]),
-        "offsets": np.cumsum([0, *map(len, sequences)]),
-        "prompt_lengths": np.array(prompt_lengths, dtype=np.int64),
-    }
+            prompt_lengths.append(len(prompt))
+    dataset = Dataset(
+        ids=np.concatenate([np.empty(0, np.int32), *sequences]),
+        offsets=np.cumsum([0, *map(len, sequences)]),
+        prompt_lengths=np.array(prompt_lengths, dtype=np.int64),
+        lines=np.array(lines, dtype=np.int64),
+        dropped=dropped,
+        sequences_per_example=2 if settings.pairs else 1,
+        digest="",
+        loss_on_prompt=settings.loss_on_prompt,
+    )
     digest = hashlib.sha256()
-    for array in arrays.values():
-        digest.update(array)
-    return {**arrays, "lines": np.array(lines, dtype=np.int64)}, {"dropped": str(dropped), "digest": digest.hexdigest()}
+    for array in (dataset.ids, dataset.offsets, dataset.label_spans[:, 0]):
+        digest.update(np.ascontiguousarray(array))
+    dataset.digest = digest.hexdigest()
+    return dataset
+
+
+def compare_held_out(dataset: Dataset, held_out: Dataset, path: Path, held_out_path: Path) -> None:
+    """Warn about rows of --eval-data that are in --data too, by their token ids or by those of their prompts alone.
+    Raises ValueError where all rows are."""
+    prompts = [held_out.content(i, prompt_only=True) for i in range(len(held_out))]
+    candidates = set(prompts)
+    trained_on = [i for i in range(len(dataset)) if dataset.content(i, prompt_only=True) in candidates]
+    trained_prompts = {dataset.content(i, prompt_only=True) for i in trained_on}
+    trained_examples = {hash(dataset.content(i)) for i in trained_on}
+    shared = sum(hash(held_out.content(i)) in trained_examples for i in range(len(held_out)))
+    if shared == len(held_out):
+        raise ValueError(f"{held_out_path} holds the rows of {path}: --eval-data is for rows that are not trained on")
+    if shared_prompts := sum(prompt in trained_prompts for prompt in prompts):
+        print_rank0(f"warning: of the {len(held_out)} examples in {held_out_path}, {shared} are also in {path}, and "
+                    f"{shared_prompts} have a prompt that is also there")
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -106,9 +141,8 @@ def partition(
 ) -> list[list[list[int]]]:
     """Spread a step's examples over ranks and micro-batches: result[micro][rank] is a list of rows.
 
-    Costs come out even between the ranks of a micro-batch. A micro-batch holds at most max_tokens, unless a
-    single example is longer; the number of micro-batches is the smallest for which that works out, and the
-    same on all ranks (a rank may get an empty list).
+    Balances the costs of the ranks in a micro-batch. A micro-batch has at most max_tokens, unless a single example is
+    longer. All ranks get the same number of micro-batches, the smallest that suffices (a list may be empty).
 
     Args: rows (n,) example indices; tokens, costs (n,) of those rows.
     """
@@ -126,16 +160,16 @@ def partition(
             filled[chosen] += tokens[i]
             load[chosen] += costs[i]
         else:
-            # Neighbours in cost run side by side; the heaviest first, so that a lack of memory shows at once.
-            heaviest = np.argsort(-load, kind="stable")
-            return [[members[b] for b in heaviest[m * ranks : (m + 1) * ranks]] for m in range(micro_batches)]
+            # Ranks run bins of similar cost at the same time; the largest first, to surface out-of-memory errors early.
+            order = np.argsort(-load, kind="stable")
+            return [[members[b] for b in order[m * ranks : (m + 1) * ranks]] for m in range(micro_batches)]
         micro_batches += 1
 
 
 def assign_to_ranks(
     dataset: Dataset, rows: np.ndarray, flops: Callable, max_tokens: int, ranks: int
 ) -> list[list[list[int]]]:
-    """`partition` of a step's rows by their arithmetic: flops(lengths (n, k)) -> (n, k), of a forward pass."""
+    """`partition` of a step's rows by cost: flops(lengths (n, k)) -> (n, k), those of a forward pass."""
     lengths = dataset.input_lengths[rows]
     return partition(rows, lengths.sum(1), flops(lengths).sum(1), ranks, max_tokens)
 
@@ -143,7 +177,7 @@ def assign_to_ranks(
 def micro_batches(
     dataset: Dataset, rows: np.ndarray, flops: Callable, max_tokens: int, rank: int, ranks: int
 ) -> list["MicroBatch"]:
-    """This rank's part of a step, packed: as many micro-batches as every other rank gets."""
+    """This rank's packed micro-batches of a step: as many as every other rank gets."""
     return [pack(dataset, parts[rank]) for parts in assign_to_ranks(dataset, rows, flops, max_tokens, ranks)]
 
 
@@ -151,7 +185,7 @@ def micro_batches(
 class MicroBatch:
     """Packed sequences: T tokens in N sequences of B examples, all chosen first, then all rejected.
 
-    An example of weight 0 is there only so that its rank takes part in the collectives.
+    weight: 0 for an example that only keeps its rank in the collectives, otherwise 1.
     """
 
     input_ids: torch.Tensor  # (T,) int64
@@ -159,7 +193,7 @@ class MicroBatch:
     cu_seqlens: torch.Tensor  # (N + 1,) int32
     max_seqlen: int
     labels: torch.Tensor  # (T,) int64, -100 where there is nothing to predict
-    label_positions: torch.Tensor  # (M,) int64, where labels != -100: known here, so no GPU waits for it
+    label_positions: torch.Tensor  # (M,) int64, where labels != -100: computed here, to avoid a device synchronisation
     rows: torch.Tensor  # (B,) int64, example indices
     weight: float
 
@@ -181,7 +215,7 @@ class MicroBatch:
 
 
 def pack(dataset: Dataset, rows: list[int]) -> MicroBatch:
-    """Concatenate the sequences of some examples, with labels shifted once and for all.
+    """Concatenate the sequences of some examples. Labels are shifted here, and nowhere else.
 
     An empty list packs the shortest example with weight 0.
     """
@@ -191,11 +225,11 @@ def pack(dataset: Dataset, rows: list[int]) -> MicroBatch:
     k = dataset.sequences_per_example
     sequences = [row * k + j for j in range(k) for row in rows]
     inputs, labels = [], []
-    for s in sequences:
+    for s, (first, stop) in zip(sequences, dataset.label_spans[sequences]):
         ids = np.asarray(dataset.ids[dataset.offsets[s] : dataset.offsets[s + 1]], dtype=np.int64)
         inputs.append(ids[:-1])
-        labels.append(ids[1:].copy())
-        labels[-1][: dataset.prompt_lengths[s] - 1] = IGNORE_INDEX
+        labels.append(np.full_like(inputs[-1], IGNORE_INDEX))
+        labels[-1][first - 1 : stop - 1] = ids[first:stop]
     lengths = [len(ids) for ids in inputs]
     labels = np.concatenate(labels)
     return MicroBatch(

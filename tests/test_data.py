@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,17 +75,28 @@ def test_all_chosen_stand_before_all_rejected():
     assert dataset.label_counts.tolist() == [[2, 1], [1, 3]] and batch.rows.tolist() == [1, 0]
 
 
-def test_lengths_are_the_counted_labels():
-    """|y| of the normaliser (label_counts) and of the loss (sequence_logps) come out equal."""
+@pytest.mark.parametrize("loss_on_prompt", [False, True])
+def test_lengths_are_the_counted_labels(loss_on_prompt):
+    """|y| of the normaliser (label_counts) and of the loss (sequence_logps) are equal."""
     generator = np.random.default_rng(0)
     rows = [generator.integers(0, 50, generator.integers(2, 30)) for _ in range(20)]
     prompts = [int(generator.integers(1, len(row))) for row in rows]
-    dataset = toy_dataset(*rows, prompts=prompts, k=2)
+    dataset = replace(toy_dataset(*rows, prompts=prompts, k=2), loss_on_prompt=loss_on_prompt)
     order = [3, 9, 0, 1]
     batch = pack(dataset, order)
     _, lengths = sequence_logps(torch.zeros(len(batch.labels)), batch.labels, batch.cu_seqlens)
     assert lengths.tolist() == [*dataset.label_counts[order, 0], *dataset.label_counts[order, 1]]
     assert batch.cu_seqlens.diff().tolist() == [*dataset.input_lengths[order, 0], *dataset.input_lengths[order, 1]]
+
+
+def test_a_change_of_the_label_spans_moves_labels_and_their_count_alike(monkeypatch):
+    """Say, leaving out the end token."""
+    dataset = toy_dataset([1, 2, 3, 7, 8, 9], [4, 5, 6], prompts=[3, 1])
+    spans = dataset.label_spans - [[0, 1]]
+    monkeypatch.setattr(Dataset, "label_spans", spans)
+    batch = pack(dataset, [0, 1])
+    assert batch.labels.tolist() == [-100, -100, 7, 8, -100, 5, -100]
+    assert dataset.label_counts.tolist() == [[2], [1]]
 
 
 def test_an_empty_micro_batch_is_the_shortest_example_without_weight():
@@ -121,6 +133,7 @@ def test_loss_on_prompt_end_of_text_and_system_prompt(tmp_path, tokenizer):
     whole = load(path, tokenizer, TokenSettings(False, 99, 99, 999, loss_on_prompt=True))
     assert sequence_ids(plain, 0) == sequence_ids(whole, 0)
     assert whole.label_counts.tolist() == [[len(sequence_ids(whole, 0)) - 1]]
+    assert whole.prompt_lengths.tolist() == plain.prompt_lengths.tolist()
     official = load(path, tokenizer, TokenSettings(False, 99, 99, 999, append_end_of_text=True))
     tail = tokenizer.encode("\n") + [tokenizer.end_of_text_id]
     assert sequence_ids(official, 0) == sequence_ids(plain, 0) + tail
@@ -175,9 +188,11 @@ def test_the_cache_is_used_again_and_depends_on_all_that_decides_the_ids(tmp_pat
     (other / "tokenizer.json").write_bytes((tokenizer.directory / "tokenizer.json").read_bytes())
     (other / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}<|im_end|>")
     load(path, Tokenizer.from_pretrained(other), SFT)
+    (other / "tokenizer_config.json").write_text('{"eos_token": "<|im_start|>"}')
+    load(path, Tokenizer.from_pretrained(other), SFT)
     write(path, row, row)
     load(path, tokenizer, SFT)
-    assert len(calls) == 6 and len(caches(path)) == 7
+    assert len(calls) == 7 and len(caches(path)) == 8
 
 
 def test_who_edits_what_reads_rows_gets_fresh_ids(tmp_path):
@@ -198,9 +213,13 @@ def test_who_edits_what_reads_rows_gets_fresh_ids(tmp_path):
 
     before = ids()
     assert ids() == before and len(caches(path)) == 1
-    for count, file in enumerate(["data.py", "tokenizer.py", "rows.py"], 2):
+    for file in ("data.py", "tokenizer.py", "rows.py"):
         with open(tmp_path / "redi" / file, "a") as source:
-            source.write("# changed\n")  # a comment is a change too
+            source.write("# a comment\n")
+    assert ids() == before and len(caches(path)) == 1
+    for count, file in enumerate(["data.py", "tokenizer.py"], 2):
+        with open(tmp_path / "redi" / file, "a") as source:
+            source.write("CHANGED = True\n")
         assert ids() == before and len(caches(path)) == count
     source = tmp_path / "redi" / "rows.py"
     good, bad = '_field(row, "chosen")', '_field(row, "rejected")'
@@ -208,7 +227,7 @@ def test_who_edits_what_reads_rows_gets_fresh_ids(tmp_path):
     swapped = text.replace(f"{good}, {bad}", f"{bad}, {good}")
     assert swapped != text
     source.write_text(swapped)
-    assert ids() != before and len(caches(path)) == 5
+    assert ids() != before and len(caches(path)) == 4
 
 
 def test_a_cache_is_readable_by_whom_the_umask_says(tmp_path, tokenizer):
@@ -258,7 +277,44 @@ def test_a_damaged_cache_is_named(tmp_path, tokenizer, damage):
         load(path, tokenizer, SFT)
 
 
-# Who gets which rows
+# Held-out rows
+
+
+def answers(*pairs):
+    return [{"prompt": [user(f"{a}?")], "completion": [assistant(str(b))]} for a, b in pairs]
+
+
+@pytest.mark.parametrize("on_prompt", [False, True])
+def test_rows_and_prompts_of_the_held_out_file_that_are_trained_on_are_counted(tmp_path, tokenizer, capsys, on_prompt):
+    settings = replace(SFT, loss_on_prompt=on_prompt)
+
+    def compare(rows, held_out):
+        paths = write(tmp_path / "train.jsonl", *rows), write(tmp_path / "held_out.jsonl", *held_out)
+        data.compare_held_out(*(load(path, tokenizer, settings) for path in paths), *paths)
+        return capsys.readouterr().out
+
+    rows = answers((1, 1), (2, 2), (2, 3), (4, 4))
+    assert compare(rows, answers((5, 5), (6, 6))) == ""
+    line = compare(rows, answers((5, 5), (2, 9), (2, 3), (1, 1)))
+    assert "of the 4 examples in" in line and "2 are also in" in line and "3 have a prompt" in line
+    assert "held_out.jsonl" in line and "train.jsonl" in line
+    assert "0 are also in" in compare(rows, answers((1, 9), (2, 9)))  # other answers to the same questions
+    for held_out in (rows, rows[::-1], rows[:1], [row | {"id": "renamed"} for row in rows]):
+        with pytest.raises(ValueError, match="held_out.jsonl holds the rows of .*train.jsonl"):
+            compare(rows, held_out)
+
+
+def test_shared_pairs_are_those_of_two_equal_responses(tmp_path, tokenizer, capsys):
+    pair = PAIR_FORMS["conversational"][0]
+    paths = [write(tmp_path / "train.jsonl", pair),
+             write(tmp_path / "held_out.jsonl", pair | {"rejected": [assistant("6")]})]
+    data.compare_held_out(*(load(path, tokenizer, PAIRS) for path in paths), *paths)
+    assert "0 are also in" in (line := capsys.readouterr().out) and "1 have a prompt" in line
+    with pytest.raises(ValueError, match="holds the rows"):
+        data.compare_held_out(*[load(paths[0], tokenizer, PAIRS)] * 2, *paths)
+
+
+# Which rank gets which rows
 
 
 def test_epoch_order_is_a_pure_function_of_seed_and_epoch():

@@ -94,9 +94,6 @@ class Run:
         weights, and of the token ids of --data and --eval-data."""
         digests = {"model": model_digest, "data": data_digest, "eval_data": eval_data_digest}
         distributed.agree({f"--{name.replace('_', '-')} (SHA-256)": digest for name, digest in digests.items()})
-        if data_digest == eval_data_digest:
-            raise ValueError(f"{self.args.eval_data} contains the rows of {self.args.data}: --eval-data is for rows "
-                             "that are not trained on")
         distributed.lock_output(self.output)
 
         def prepare() -> None:
