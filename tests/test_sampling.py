@@ -78,8 +78,9 @@ def test_drawing_is_the_inverse_of_the_distribution_function(vocab_size):
     padded = torch.tensor(weights + [0] * (-vocab_size % 128), dtype=torch.float32)
     padded = padded.expand(len(numbers), -1).contiguous()
     noise = torch.tensor(numbers, dtype=torch.float64)[:, None]
-    assert sampling._draw(padded, noise)[:, 0].tolist() == expected
-    assert all(weights[token] for token in sampling._draw(padded / 3.7, noise)[:, 0].tolist())
+    scaled = padded / 3.7
+    assert sampling._draw(padded, sampling._masses(padded), noise)[:, 0].tolist() == expected
+    assert all(weights[token] for token in sampling._draw(scaled, sampling._masses(scaled), noise)[:, 0].tolist())
 
 
 def test_sampling_draws_by_temperature_first():

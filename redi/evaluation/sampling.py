@@ -28,11 +28,11 @@ def sample(
     probs = torch.softmax(scaled, dim=-1)
     if padding := -probs.shape[1] % MASS_BLOCK:
         probs = F.pad(probs, (0, padding))
-    candidates, tokens, pending = probs, [0] * len(keys), list(range(len(keys)))
-    limits = top_p * _masses(probs).sum(-1, keepdim=True)
+    candidates, masses, tokens, pending = probs, _masses(probs), [0] * len(keys), list(range(len(keys)))
+    limits = top_p * masses.sum(-1, keepdim=True)
     for attempt in count():
         noise = [uniform(keys[i], positions[i], attempt) for i in pending]
-        drawn = _draw(candidates, torch.tensor(noise, dtype=torch.float64, device=probs.device)[:, None])
+        drawn = _draw(candidates, masses, torch.tensor(noise, dtype=torch.float64, device=probs.device)[:, None])
         accepted = in_nucleus(probs, drawn, limits)[:, 0].tolist()
         for i, token, done in zip(pending, drawn[:, 0].tolist(), accepted):
             if done:
@@ -43,13 +43,13 @@ def sample(
         pending = [pending[i] for i in retry]
         probs, limits, drawn = probs[retry], limits[retry], drawn[retry]
         candidates = _more_likely(probs, drawn)
+        masses = _masses(candidates)
 
 
-def _draw(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """For weights (N, V) and noise (N, 1) fp64 in [0, 1): the first token at which the cumulative sum of the weights
-    exceeds that share of their total, (N, 1). First the block, then the token in it: a cumulative sum over the entire
-    vocabulary is sequential and took 50 times as long on CPU."""
-    masses = _masses(weights)
+def _draw(weights: torch.Tensor, masses: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """For weights (N, V), their `_masses` and noise (N, 1) fp64 in [0, 1): the first token at which the cumulative sum
+    of the weights exceeds that share of their total, (N, 1). First the block, then the token in it: a cumulative sum
+    over the entire vocabulary is sequential and took 50 times as long on CPU."""
     ends = masses.cumsum(-1)
     target = noise * ends[:, -1:]
     block = torch.searchsorted(ends, target, right=True)  # (N, 1)
