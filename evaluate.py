@@ -13,7 +13,6 @@ of responses with an answer in a box, `truncated` of those that reached a limit.
 """
 
 import argparse
-import contextlib
 import hashlib
 import math
 import os
@@ -30,8 +29,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from redi.cli import Parser, not_negative, number, positive_int, run_command
-from redi.distributed import init_process_group, local_rank, print_rank0, rank, world_size
+from redi.cli import Parser, handle_signals, not_negative, number, positive_int, run_command
+from redi.distributed import (
+    agree, agree_on_flags, init_process_group, leave_process_group, local_rank, lock_output, print_rank0, rank,
+    world_size,
+)  # fmt: skip
 from redi.evaluation.generation import Request, generate
 from redi.evaluation.sample_store import SampleStore, read_responses, scored
 from redi.evaluation.sampling import sample_key
@@ -58,21 +60,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.score:
         return report(score(args, benchmarks), args.output)
     refuse_equal_names([storage_name(path) for path in args.model], args.model)
-    joined_here, threads = not dist.is_initialized(), torch.get_num_threads()
-    device = init_process_group()
+    device, threads = init_process_group(), torch.get_num_threads()
+    agree_on_flags(args, ("model", "problems", "output"))
+    agree({f"--problems {benchmark.name} (SHA-256)": benchmark.digest for benchmark in benchmarks})
     torch.set_num_threads(args.threads)
     try:
         # Gloo, because ranks wait here for the longest response, and NCCL times out after ten minutes.
         group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
         models = [Model(path, benchmarks, args, device) for path in args.model]  # all are checked first
+        agree({f"--model {model.name} (SHA-256)": model.digest for model in models})
         table = [row for model in models for row in evaluate(model, args, device, group)]
         if rank() == 0:
             report(table, args.output)
         wait_for_all(group)
     finally:
         torch.set_num_threads(threads)
-        if joined_here:
-            dist.destroy_process_group()
 
 
 class Model:
@@ -88,7 +90,8 @@ class Model:
         self.config = load_config(self.directory, self.tokenizer)
         check_weights(self.config, self.directory)
         self.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        settings = {"model_digest": model_digest(self.directory), "dtype": self.dtype}
+        self.digest = model_digest(self.directory)
+        settings = {"model_digest": self.digest, "dtype": self.dtype}
         settings |= {key: getattr(args, key) for key in (
             "system_prompt", "prompt_template", "prefill", "temperature", "top_p", "max_new_tokens", "seed"
         )}  # fmt: skip
@@ -122,21 +125,20 @@ def model_digest(directory: Path) -> str:
 
 def evaluate(model: Model, args: argparse.Namespace, device: torch.device, group) -> list[dict]:
     """Draw the missing samples. Returns one row of results for each benchmark, on rank 0."""
-    with contextlib.ExitStack() as open_stores:
+    for store in model.stores:
+        lock_output(store.folder)
         if rank() == 0:
-            for store in model.stores:
-                open_stores.enter_context(store.opened())
-                store.merge(rescore=True)
-        wait_for_all(group)
-        draw_missing(model, args, device, group)
-        wait_for_all(group)
-        if rank() > 0:
-            return []
-        about = {"model": model.name, "path": model.path, "open_thought_counts": args.open_thought_counts}
-        return [
-            {**about, **summarise(store.benchmark, store.merge(), args.samples, store.settings)}
-            for store in model.stores
-        ]
+            store.open()
+            store.merge(rescore=True)
+    wait_for_all(group)
+    draw_missing(model, args, device, group)
+    wait_for_all(group)
+    if rank() > 0:
+        return []
+    about = {"model": model.name, "path": model.path, "open_thought_counts": args.open_thought_counts}
+    return [
+        {**about, **summarise(store.benchmark, store.merge(), args.samples, store.settings)} for store in model.stores
+    ]
 
 
 def draw_missing(model: Model, args: argparse.Namespace, device: torch.device, group) -> None:
@@ -167,6 +169,8 @@ def draw(model: Model, missing: list[tuple[SampleStore, str, int, Request]], arg
     if not missing:
         return
     weights = load_pretrained(model.directory, device, DTYPES[model.dtype]).eval()
+    if model_digest(model.directory) != model.digest:
+        raise ValueError(f"{model.path} has changed since this evaluation began: run it again")
     max_batch_size = args.rows or (64 if device.type == "cuda" else 16)
     requests = [request for *_, request in missing]
     share = f" (rank 0 of {world_size()})" if world_size() > 1 else ""
@@ -201,7 +205,8 @@ def draw(model: Model, missing: list[tuple[SampleStore, str, int, Request]], arg
 def wait_for_all(group) -> None:
     """A barrier. Raises ValueError where another process has ended; its own error says why."""
     try:
-        dist.barrier(group)
+        with handle_signals(None):  # the others are awaited in C++
+            dist.barrier(group)
     except RuntimeError:  # all that gloo has for a lost connection
         raise ValueError("another process of this evaluation has ended") from None
 
@@ -226,8 +231,8 @@ def score(args: argparse.Namespace, benchmarks: list[Benchmark]) -> list[dict]:
         bar = tqdm(found.items(), benchmark.name, unit="sample", disable=None)
         samples = {key: scored(row, benchmark, args.open_thought_counts) for key, row in bar}
         if store:
-            with store.opened():
-                store.replace(samples)
+            store.open()
+            store.replace(samples)
         about = {"model": name, "path": args.score, "open_thought_counts": args.open_thought_counts}
         table.append({**about, **summarise(benchmark, samples, k, settings)})
     return table
@@ -286,4 +291,4 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_command(main, "interrupted; the same command resumes")
+    run_command(main, "interrupted; the same command resumes", leave_process_group)

@@ -157,3 +157,12 @@ def test_what_was_moved_aside_is_restored_or_removed(tmp_path):
     checkpoint.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*/*")) == ["best.replaced", "final"]
     assert sorted(os.listdir(tmp_path)) == ["best", "final"]
+
+
+def test_a_checkpoint_without_the_file_of_a_rank_is_not_committed(tmp_path, monkeypatch):
+    """Another machine has written it to a file system of its own."""
+    monkeypatch.setattr(checkpoint, "world_size", lambda: 2)
+    monkeypatch.setattr(checkpoint, "all_gather_object", lambda value: [value, value])
+    with pytest.raises(OSError, match="rank-00001-of-00002.safetensors is missing"):
+        save_checkpoint(tmp_path, *trained(), None, {"step": 1}, torch.float32)
+    assert os.listdir(tmp_path) == []

@@ -119,7 +119,7 @@ def check_finishes_as_if_nothing_had_happened(start: list[str], expected: Path, 
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("pass@1") == 1  # one table, not one a rank
     folder = next(expected.rglob("samples.jsonl")).parent.relative_to(expected)
-    assert sorted(path.name for path in (out / folder).iterdir()) == ["samples.jsonl", "settings.json"]
+    assert sorted(path.name for path in (out / folder).iterdir()) == [".lock", "samples.jsonl", "settings.json"]
     for name in (folder / "samples.jsonl", folder / "settings.json", "results.json"):
         assert (out / name).read_bytes() == (expected / name).read_bytes()
 
@@ -163,14 +163,19 @@ def test_killed_torchrun_and_continued_with_three_ranks_gives_the_same_bytes(mod
     check_finishes_as_if_nothing_had_happened(command(*argv, ranks=3), tmp_path / "expected", out)
 
 
-def test_two_runs_do_not_write_to_one_folder(model, problems, tmp_path, monkeypatch):
-    run(model, problems, tmp_path / "out")
-    clock = iter(range(0, 10**6, 6))
-    monkeypatch.setattr(store.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(store.time, "sleep", lambda seconds: None)
-    with store._locked(next((tmp_path / "out").rglob("sums"))):
-        with pytest.raises(ValueError, match="another evaluation is writing here"):
-            run(model, problems, tmp_path / "out")
+def test_a_model_that_changes_before_it_is_loaded_is_refused(model, problems, tmp_path, monkeypatch):
+    copy, load = tmp_path / "model", evaluate.load_pretrained
+    shutil.copytree(model, copy)
+
+    def changed(directory, *rest):
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({**config, "changed": True}))
+        return load(directory, *rest)
+
+    monkeypatch.setattr(evaluate, "load_pretrained", changed)
+    with pytest.raises(ValueError, match=f"{copy} has changed"):
+        run(copy, problems, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("samples*.jsonl"))
 
 
 def test_a_rerun_draws_nothing_and_changes_no_byte(model, problems, tmp_path, monkeypatch):

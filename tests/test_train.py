@@ -509,6 +509,75 @@ def test_overwriting_replaces_the_whole_run(place, tmp_path):
     assert (tmp_path / "run" / "notes.txt").exists()  # what is not a run's is left alone
 
 
+@pytest.mark.parametrize("save_every", [2, 0])
+def test_a_signal_while_the_final_model_is_written_loses_nothing(place, tmp_path, capsys, save_every):
+    save = checkpoint.save_pretrained
+
+    def interrupted(model, directory, *rest):
+        if directory.name == "final.partial":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+        save(model, directory, *rest)
+
+    with mock.patch.object(checkpoint, "save_pretrained", interrupted), pytest.raises(SystemExit) as stopped:
+        train.main(arguments(place, "redi", tmp_path / "run", save_every=save_every))
+    assert stopped.value.code == 143 and weights(tmp_path / "run") == weights(place / "one" / "redi")
+
+
+def test_a_run_that_stopped_on_collapse_stays_stopped(place, tmp_path):
+    """Also when torchrun starts it again, which is what --resume stands for here."""
+    run = arguments(place, "redi", tmp_path / "run", stop_on_collapse=True)
+    with mock.patch.object(run_module, "watch", side_effect=[None, None, "step 3: collapse?"]):
+        with pytest.raises(ValueError, match="stopped after step 3, as --stop-on-collapse asks"):
+            train.main(run)
+    with pytest.raises(ValueError, match="stopped after step 3, as --stop-on-collapse asks"):
+        train.main([*run, "--resume"])
+    assert len(metrics(tmp_path / "run")) == 3 and not (tmp_path / "run" / "final").exists()
+    train.main(arguments(place, "redi", tmp_path / "run", resume=True))  # the user decides otherwise
+    assert same_run(place / "one" / "redi", tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["redi", "dpo"])
+def test_a_run_knows_its_model_and_data_by_their_content(place, tmp_path, method, monkeypatch):
+    shutil.copytree(place / "model", tmp_path / "model")
+    shutil.copy(place / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    run = {"model": tmp_path / "model", "data": tmp_path / "pairs.jsonl", "resume": True}
+    with train_jobs.signal_at(3), pytest.raises(SystemExit):
+        train.main(arguments(place, method, tmp_path / "run", **run))
+    (tmp_path / "moved").mkdir()
+    for name in ("model", "pairs.jsonl"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    monkeypatch.chdir(tmp_path / "moved")
+    run |= {"model": "./model/", "data": "pairs.jsonl"}
+    tensors = load_file("model/model.safetensors")
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * 1.1}, "model/model.safetensors")
+    with pytest.raises(ValueError, match="--model ./model/ .*changed"):
+        train.main(arguments(place, method, tmp_path / "run", **run))
+    save_file(tensors, "model/model.safetensors", metadata={"format": "pt"})
+    shutil.copy(place / "model" / "model.safetensors", "model/model.safetensors")
+    train.main(arguments(place, method, tmp_path / "run", **run))
+    assert same_run(place / "one" / method, tmp_path / "run")
+
+
+def test_links_in_place_of_an_output_or_of_checkpoints(place, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    with pytest.raises(ValueError, match=f"{tmp_path}/link is a link to {tmp_path}/absent"):
+        train.main(arguments(place, "redi", tmp_path / "link"))
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    cut_back(place / "one" / "redi", run, step=4)
+    for step in ("step-000002", "step-000004"):
+        shutil.move(run / step, moved / step)
+        (run / step).symlink_to(moved / step)
+    train.main(arguments(place, "redi", run, resume=True, keep_checkpoints=1))
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["step-000006"]
+    assert same_run(place / "one" / "redi", run)
+    shutil.move(run / "step-000006", moved / "step-000006")
+    (run / "step-000006").symlink_to(moved / "step-000006")
+    train.main(arguments(place, "redi", run, overwrite=True, save_every=0))
+    assert same_run(place / "one" / "redi", run) and not checkpoint.checkpoints(run)
+    assert len(list(moved.glob("*/training_state"))) == 3  # what the links pointed to is the user's
+
+
 def test_a_run_of_the_first_version_goes_on(place, held_out, tmp_path):
     """Its record names every method's settings and none that came later; its state lacks the held-out start."""
     run = tmp_path / "run"

@@ -5,10 +5,6 @@ their problems; samples.jsonl has one line for each sample. Rank 0 appends to sa
 samples.rank-N.jsonl, which rank 0 merges when all are done or, after an interruption, when the next run starts.
 """
 
-import contextlib
-import fcntl
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +15,8 @@ from redi.files import (
     error_context,
     file_digest,
     json_line,
+    lock_directory,
+    make_directory,
     read_json,
     read_jsonl,
     write_atomically,
@@ -94,19 +92,17 @@ class SampleStore:
                                  "choose another --output or remove that directory")
         return found
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
+    def open(self) -> None:
         """Create and lock the directory, remove temporary files of a killed run, write settings.json. For rank 0."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder):
-            found, settings = self._check_settings(), {**self.settings, "checker": checker_version()}
-            if self.code:
-                settings["code"] = self.code
-            for leftover in self.folder.glob("*.partial-*"):
-                leftover.unlink()
-            if found != settings:
-                write_json(self.folder / "settings.json", settings)
-            yield
+        make_directory(self.folder)
+        lock_directory(self.folder)
+        found, settings = self._check_settings(), {**self.settings, "checker": checker_version()}
+        if self.code:
+            settings["code"] = self.code
+        for leftover in self.folder.glob("*.partial-*"):
+            leftover.unlink()
+        if found != settings:
+            write_json(self.folder / "settings.json", settings)
 
     def done(self) -> set[Key]:
         """The samples that exist. After a `merge`, for every rank."""
@@ -160,27 +156,6 @@ class SampleStore:
                 if row["id"] not in self.benchmark.answers:
                     raise ValueError(f"id {row['id'][:80]!r} is not among the problems")
             yield (row["id"], row["sample"]), row
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder. Raises ValueError when one is still there after some seconds (the processes of
-    a killed torchrun need a moment to notice)."""
-    handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + 10
-    try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ValueError(f"{folder}: another evaluation is writing here") from None
-                time.sleep(0.2)
-            except OSError:  # a file system without locks: two runs at a time are up to the user
-                break
-        yield
-    finally:
-        os.close(handle)
 
 
 def read_responses(path: str | Path, benchmarks: list[Benchmark]) -> list[dict[Key, dict]]:

@@ -197,6 +197,7 @@ def run_example(train: Command, evaluate: Command, output: str | Path = "out/exa
     data = output / "data"
     torch.set_num_threads(1)  # more threads do not speed up products this small, and slow them down on a busy machine
     distributed.init_process_group()
+    distributed.lock_output(output)
     prepare(output, seed)
     print_rank0(_introduction(data))
     for number, (name, arguments) in enumerate(STAGES.items(), 1):

@@ -127,6 +127,7 @@ class Run:
             self.state.update(checkpoint.load_checkpoint(newest, model, optimizer))
         if self.state["stopped"] and self.args.stop_on_collapse:
             raise ValueError(self.state["stopped"])
+        self.state["stopped"] = None
         best = self.output / "best"
         if self.state["best_step"] and not distributed.all_gather_object(best.is_dir())[0]:
             print_rank0(f"{best} is missing: the best of the remaining evaluations will be kept there")
