@@ -53,11 +53,11 @@ class Dataset:
         """(examples, k): |y|, labels of each sequence."""
         return np.diff(self.label_spans).reshape(len(self), -1)
 
-    def content(self, example: int, prompt_only: bool = False) -> bytes:
-        """Token ids of an example, or of its prompt, to compare it by."""
-        first, stop = example * self.sequences_per_example, (example + 1) * self.sequences_per_example
-        ids = self.ids[self.offsets[first] : self.offsets[stop]]
-        return (ids[: self.prompt_lengths[first]] if prompt_only else ids).tobytes()
+    def hashes(self) -> tuple[list[int], list[int]]:
+        """Of each example: of the token ids of its prompt, and of all its token ids."""
+        starts, lengths = (array[:: self.sequences_per_example] for array in (self.offsets, self.prompt_lengths))
+        prompts = [hash(self.ids[start : start + length].tobytes()) for start, length in zip(starts, lengths)]
+        return prompts, [hash(self.ids[start:stop].tobytes()) for start, stop in zip(starts, starts[1:])]
 
 
 def load_dataset(path: Path, tokenizer: Tokenizer, settings: TokenSettings, fallback: Path) -> Dataset:
@@ -81,6 +81,8 @@ def load_dataset(path: Path, tokenizer: Tokenizer, settings: TokenSettings, fall
         )
     return Dataset(**arrays, dropped=int(metadata["dropped"]), sequences_per_example=2 if settings.pairs else 1,
                    digest=metadata["digest"], loss_on_prompt=settings.loss_on_prompt)
+
+
 def _tokenize(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> Dataset:
     sequences, prompt_lengths, lines, dropped = [], [], [], 0
     for line, (prompt, *completions) in encode_rows(path, tokenizer, settings):
@@ -91,16 +93,11 @@ def _tokenize(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> Data
         for completion in completions:
             sequences.append(np.array(prompt + completion, dtype=np.int32))
             prompt_lengths.append(len(prompt))
-    dataset = Dataset(
-        ids=np.concatenate([np.empty(0, np.int32), *sequences]),
-        offsets=np.cumsum([0, *map(len, sequences)]),
-        prompt_lengths=np.array(prompt_lengths, dtype=np.int64),
-        lines=np.array(lines, dtype=np.int64),
-        dropped=dropped,
-        sequences_per_example=2 if settings.pairs else 1,
-        digest="",
-        loss_on_prompt=settings.loss_on_prompt,
-    )
+    ids = np.concatenate([np.empty(0, np.int32), *sequences])
+    offsets = np.cumsum([0, *map(len, sequences)])
+    prompt_lengths, lines = np.array(prompt_lengths, dtype=np.int64), np.array(lines, dtype=np.int64)
+    dataset = Dataset(ids, offsets, prompt_lengths, lines, dropped, sequences_per_example=2 if settings.pairs else 1,
+                      digest="", loss_on_prompt=settings.loss_on_prompt)
     digest = hashlib.sha256()
     for array in (dataset.ids, dataset.offsets, dataset.label_spans[:, 0]):
         digest.update(np.ascontiguousarray(array))
@@ -111,15 +108,12 @@ def _tokenize(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> Data
 def compare_held_out(dataset: Dataset, held_out: Dataset, path: Path, held_out_path: Path) -> None:
     """Warn about rows of --eval-data that are in --data too, by their token ids or by those of their prompts alone.
     Raises ValueError where all rows are."""
-    prompts = [held_out.content(i, prompt_only=True) for i in range(len(held_out))]
-    candidates = set(prompts)
-    trained_on = [i for i in range(len(dataset)) if dataset.content(i, prompt_only=True) in candidates]
-    trained_prompts = {dataset.content(i, prompt_only=True) for i in trained_on}
-    trained_examples = {hash(dataset.content(i)) for i in trained_on}
-    shared = sum(hash(held_out.content(i)) in trained_examples for i in range(len(held_out)))
+    prompts, examples = map(set, dataset.hashes())
+    held_out_prompts, held_out_examples = held_out.hashes()
+    shared = sum(value in examples for value in held_out_examples)
     if shared == len(held_out):
-        raise ValueError(f"{held_out_path} holds the rows of {path}: --eval-data is for rows that are not trained on")
-    if shared_prompts := sum(prompt in trained_prompts for prompt in prompts):
+        raise ValueError(f"{held_out_path} has the rows of {path}: --eval-data is for rows that are not trained on")
+    if shared_prompts := sum(value in prompts for value in held_out_prompts):
         print_rank0(f"warning: of the {len(held_out)} examples in {held_out_path}, {shared} are also in {path}, and "
                     f"{shared_prompts} have a prompt that is also there")
 
@@ -215,10 +209,8 @@ class MicroBatch:
 
 
 def pack(dataset: Dataset, rows: list[int]) -> MicroBatch:
-    """Concatenate the sequences of some examples. Labels are shifted here, and nowhere else.
-
-    An empty list packs the shortest example with weight 0.
-    """
+    """Concatenate the sequences of some examples; of an empty list, the shortest example with weight 0. Labels are
+    shifted here, and nowhere else."""
     weight = 1.0
     if not rows:
         rows, weight = [int(dataset.input_lengths.sum(1).argmin())], 0.0

@@ -9,12 +9,11 @@ from pathlib import Path
 from redi.files import error_context, read_jsonl
 from redi.tokenizer import PREFILL, REASONING_KEYS, Tokenizer
 
-# Keys that change what a trainer makes of a row or of the assistant's message, and that are not supported here.
+# Keys that change what a trainer makes of a row, and that are not supported here.
 ROW_KEYS = (
     "tools", "functions", "documents", "chat_template_kwargs", "system", "image", "images", "video", "videos", "audio",
     "audios", "input_ids", "completion_mask", "assistant_masks", *REASONING_KEYS,
 )  # fmt: skip
-ANSWER_KEYS = ("tool_calls", "function_call")
 
 
 @dataclass(frozen=True)
@@ -75,19 +74,16 @@ def encode(examples: list[Example], tokenizer: Tokenizer, settings: TokenSetting
         if tokenizer.end_of_text_id is None:
             raise ValueError(f"{tokenizer.directory}: the tokenizer has no end-of-text token to append")
         end += tokenizer.encode("\n") + [tokenizer.end_of_text_id]
+    system = settings.system_prompt
     prompts = [
-        example.prompt
-        if isinstance(example.prompt, str)
-        else tokenizer.render_prompt(example.prompt, settings.system_prompt)
+        example.prompt if isinstance(example.prompt, str) else tokenizer.render_prompt(example.prompt, system)
         for example in examples
     ]
     columns = [tokenizer.encode_batch(prompts)]
     for completions in zip(*(example.completions for example in examples)):
         texts = [
-            completion
-            if isinstance(completion, str)
-            else tokenizer.render_response(example.prompt, completion, settings.system_prompt)
-            for example, completion in zip(examples, completions)
+            text if isinstance(text, str) else tokenizer.render_response(example.prompt, text, system)
+            for example, text in zip(examples, completions)
         ]
         columns.append(tokenizer.encode_completions(texts, settings.prefill, prompts))
     if not all(ids for column in columns for ids in column):
@@ -111,8 +107,9 @@ def read_examples(path: str | Path, pairs: bool) -> Iterator[Example]:
             if unused := [key for key in ROW_KEYS if row.get(key)]:
                 raise ValueError(f"the key {unused[0]!r} is not supported: it would not be trained on")
             prompt, completions = _pair(row) if pairs else _positive(row)
-            if not all(isinstance(completion, dict) or completion.strip() for completion in completions):
-                raise ValueError("a completion is empty")
+            for completion in completions:
+                if not (completion if isinstance(completion, str) else completion["content"]).strip():
+                    raise ValueError("a completion is empty")
             if pairs and completions[0] == completions[1]:
                 raise ValueError("chosen and rejected are identical")
         yield Example(line, prompt, completions)
@@ -128,7 +125,7 @@ def _without_nulls(value):
 
 
 def _positive(row: dict) -> tuple[list[dict] | str, tuple[str | dict]]:
-    if row.get("label", True) != True:
+    if row.get("label", 1) != 1:  # true equals 1
         raise ValueError(f"'label' is {row['label']!r}, but every completion of this file is trained on as correct")
     if "messages" in row:
         *prompt, answer = _messages(row, "messages")
@@ -197,6 +194,8 @@ def _answer(messages: list[dict], key: str) -> str | dict:
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise ValueError(f"{key!r} must end with exactly one assistant message after the prompt")
     [message] = messages
-    if unused := [name for name in ANSWER_KEYS if message.get(name)] or ["weight"] * (message.get("weight", 1) != 1):
-        raise ValueError(f"{key!r}: the key {unused[0]!r} of the assistant's message is not supported")
+    unused = [name for name in ("tool_calls", "function_call") if message.get(name)]
+    if unused or message.get("weight", 1) != 1:
+        name = unused[0] if unused else "weight"
+        raise ValueError(f"{key!r}: the key {name!r} of the assistant's message is not supported")
     return message["content"] if message.keys() == {"role", "content"} else message

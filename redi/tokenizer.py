@@ -175,7 +175,7 @@ class Tokenizer:
                 raise ValueError(f"{key!r} of the assistant's message, which the chat template uses, is not supported")
         content, reasoning = message["content"], _reasoning(message)
         if "</think>" in content and reasoning.strip() not in content:
-            raise ValueError("'content' has another thought than the message's reasoning key")
+            raise ValueError("the thought in 'content' is not the one under the message's reasoning key")
         if "</think>" in content or not reasoning.strip():
             return content
         text = rendered(reasoning_content=reasoning)
@@ -210,15 +210,16 @@ class Tokenizer:
         if system_prompt is not None:
             rest = messages[1:] if messages and messages[0].get("role") == "system" else messages
             messages = [{"role": "system", "content": system_prompt}, *rest]
-        # As transformers: reasoning under the names that templates read, whichever it has in the data.
-        messages = [
-            {"thinking": reasoning, **message, "reasoning_content": reasoning}
-            if (reasoning := _reasoning(message)) else message
-            for message in messages
-        ]  # fmt: skip
+        messages = list(map(_with_reasoning_aliases, messages))
         with _template_errors(self.directory):
             return self._template.render(messages=messages, tools=None, documents=None,
                                          add_generation_prompt=add_generation_prompt, **self.special_tokens)
+
+
+def _with_reasoning_aliases(message: dict) -> dict:
+    """As transformers: reasoning under the names that chat templates read, whichever of them the data uses."""
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _reasoning(message: dict) -> str:

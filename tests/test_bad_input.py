@@ -21,7 +21,7 @@ from redi import data
 from redi import files as cache
 from redi.files import read_jsonl
 from redi.rows import TokenSettings, read_examples
-from redi.tokenizer import Tokenizer
+from redi.tokenizer import CHATML_TEMPLATE, Tokenizer
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -267,7 +267,7 @@ def test_held_out_rows_that_are_trained_on(place):
     rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
     (place / "renamed.jsonl").write_text("".join(json.dumps(row | {"id": "other"}) + "\n\n" for row in rows))
     for name in ("pairs.jsonl", "linked.jsonl", "copied.jsonl", "renamed.jsonl"):
-        refused(place, f"{name} holds the rows of .*pairs.jsonl: --eval-data is for rows that are not trained on",
+        refused(place, f"{name} has the rows of .*pairs.jsonl: --eval-data is for rows that are not trained on",
                 eval_data=place / name)
 
 
@@ -276,6 +276,20 @@ def test_weights_that_do_not_fit_the_config(place):
     tensors["model.norm.weight"] = torch.ones(7)
     save_file(tensors, place / "model" / "model.safetensors")
     refused(place, r"'model.norm.weight' has shape \(7,\)")
+
+
+def test_what_is_assumed_of_a_model_is_said_once_and_saved(place, capsys):
+    """No chat template, and a head of its own although config.json ties it to the embedding."""
+    (place / "model" / "tokenizer_config.json").write_text("{}")
+    tensors = load_file(place / "model" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.1
+    save_file(tensors, place / "model" / "model.safetensors")
+    train.main(arguments(place))
+    lines = capsys.readouterr().out.splitlines()
+    assert [sum(word in line for line in lines) for word in ("ChatML", "lm_head.weight")] == [1, 1]
+    assert (place / "out" / "final" / "chat_template.jinja").read_text() == CHATML_TEMPLATE
+    assert "lm_head.weight" in load_file(place / "out" / "final" / "model.safetensors")
+    assert json.loads((place / "out" / "final" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_an_unsupported_model(place):

@@ -300,7 +300,7 @@ def test_rows_and_prompts_of_the_held_out_file_that_are_trained_on_are_counted(t
     assert "held_out.jsonl" in line and "train.jsonl" in line
     assert "0 are also in" in compare(rows, answers((1, 9), (2, 9)))  # other answers to the same questions
     for held_out in (rows, rows[::-1], rows[:1], [row | {"id": "renamed"} for row in rows]):
-        with pytest.raises(ValueError, match="held_out.jsonl holds the rows of .*train.jsonl"):
+        with pytest.raises(ValueError, match="held_out.jsonl has the rows of .*train.jsonl"):
             compare(rows, held_out)
 
 
@@ -310,7 +310,7 @@ def test_shared_pairs_are_those_of_two_equal_responses(tmp_path, tokenizer, caps
              write(tmp_path / "held_out.jsonl", pair | {"rejected": [assistant("6")]})]
     data.compare_held_out(*(load(path, tokenizer, PAIRS) for path in paths), *paths)
     assert "0 are also in" in (line := capsys.readouterr().out) and "1 have a prompt" in line
-    with pytest.raises(ValueError, match="holds the rows"):
+    with pytest.raises(ValueError, match="has the rows"):
         data.compare_held_out(*[load(paths[0], tokenizer, PAIRS)] * 2, *paths)
 
 

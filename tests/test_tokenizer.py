@@ -339,7 +339,7 @@ def test_other_keys_of_the_answer_pass_unless_the_template_uses_them(tmp_path):
 @pytest.mark.parametrize("keys, expected", [
     ({"reasoning_content": ["1"]}, "'reasoning_content' must be one text"),
     ({"reasoning_content": "1", "thinking": "2"}, "'reasoning_content' and 'thinking' must be one text"),
-    ({"reasoning": "1", "content": "<think>\n2\n</think>\n\n2"}, "another thought"),
+    ({"reasoning": "1", "content": "<think>\n2\n</think>\n\n2"}, "the thought in 'content'"),
     ({"reasoning": "1, 2", "content": "<think>\n1, 2\n</think>\n\n2"}, None),
     ({"reasoning": "1, 2", "thinking": "1, 2", "content": "<think>1, 2</think>2"}, None),
     ({"reasoning": " \n", "content": "2"}, None),

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from redi.distributed import full_tensor, local_tensor, print_rank0, raise_together, rank, shard
+from redi.distributed import full_tensor, local_tensor, print_rank0, rank, run_on_ranks, shard
 from redi.files import error_context, file_digest, fsync, read_json, saving_safetensors, write_atomically, write_json
 from redi.hub.config import config_json, load_config
 from redi.model import FAMILIES, CausalLM, ModelConfig
@@ -61,19 +61,13 @@ def load_sharded(
     return model
 
 
-def check_weights(config: ModelConfig, directory: str | Path) -> None:
-    """Compare names, shapes and dtypes in the headers of the weight files with the config, before any memory is
-    allocated. Raises ValueError naming file and tensor."""
-    _weight_slices(config, Path(directory))
-
-
 def _untie(config: ModelConfig, directory: str | Path) -> ModelConfig:
-    """The config, or an untied one where the files have a head that is not the embedding. Raises as check_weights."""
-    weights = _weight_slices(config, Path(directory))
-    if not config.tie_word_embeddings or "lm_head.weight" not in weights:
-        return config
-    head, embedding = weights["lm_head.weight"], weights["model.embed_tokens.weight"]
+    """The config, untied if the files have a head that is not the embedding. Raises ValueError as check_weights."""
+    weights = check_weights(config, directory)
+    embedding, head = weights["model.embed_tokens.weight"], weights.get("lm_head.weight")
     blocks = [slice(start, start + 4096) for start in range(0, config.vocab_size, 4096)]
+    if not config.tie_word_embeddings or head is None:
+        return config
     if all(torch.equal(head[rows].float(), embedding[rows].float()) for rows in blocks):
         return config
     print_rank0(f"{directory}: lm_head.weight is not the embedding: loading it as an untied head, although config.json "
@@ -84,7 +78,7 @@ def _untie(config: ModelConfig, directory: str | Path) -> ModelConfig:
 @torch.no_grad()
 def load_weights(model: CausalLM, directory: str | Path) -> None:
     """Copy a directory's weights into the parameters, each rank its own rows, cast to the parameters' dtype."""
-    weights = _weight_slices(model.config, Path(directory))
+    weights = check_weights(model.config, directory)
     for name, parameter in model.named_parameters():
         rows = local_rows(parameter)
         local_tensor(parameter).copy_(weights[name][rows.start : rows.stop])
@@ -112,16 +106,16 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
     hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     layer = {
-        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "self_attn.o_proj": (hidden, q_size),
-        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
-        "self_attn.q_proj": (q_size, hidden), "self_attn.k_proj": (kv_size, hidden),
-        "self_attn.v_proj": (kv_size, hidden),
+        "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q_size, hidden), "self_attn.k_proj.weight": (kv_size, hidden),
+        "self_attn.v_proj.weight": (kv_size, hidden), "self_attn.o_proj.weight": (hidden, q_size),
+        "mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
     }  # fmt: skip
     if qk_norm:
-        layer |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
-    layer = {f"{name}.weight": shape for name, shape in layer.items()}
+        layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
     if qkv_bias:
-        layer |= {f"self_attn.{name}_proj.bias": layer[f"self_attn.{name}_proj.weight"][:1] for name in "qkv"}
+        layer |= {f"self_attn.{name}_proj.bias": (size,) for name, size in zip("qkv", (q_size, kv_size, kv_size))}
     yield "model.embed_tokens.weight", (config.vocab_size, hidden)
     yield "model.norm.weight", (hidden,)
     if not config.tie_word_embeddings:
@@ -130,10 +124,13 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
         yield from ((f"model.layers.{i}.{name}", shape) for name, shape in layer.items())
 
 
-def _weight_slices(config: ModelConfig, directory: Path) -> dict:
-    """Name -> lazily read safetensors slice, for exactly the parameters of the model, and of a tied one the head if
-    the files have it."""
-    slices, files = {}, {}
+def check_weights(config: ModelConfig, directory: str | Path) -> dict:
+    """Compare the config with names, shapes and dtypes in the headers of the weight files, before memory is allocated.
+
+    Returns name -> lazily read safetensors slice: the parameters of the model and, if it is tied, a head that the files
+    have all the same. Raises ValueError naming the file and the tensor.
+    """
+    directory, slices, files = Path(directory), {}, {}
     for file in _weight_files(directory):
         with error_context(str(directory / file)):
             handle = open_safetensors(directory / file)
@@ -212,28 +209,17 @@ def save_pretrained(
             size = 0
         shards[-1].append(name)
         size += parameter.numel() * dtype.itemsize
-    failure, weight_map = None, {}
+    weight_map = {}
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
         tensors = {}
         for name in names:
-            full = full_tensor(parameters[name])  # a collective, so also after a failure
+            full = full_tensor(parameters[name])  # a collective
             if rank() == 0:
                 tensors[name] = full.detach().to("cpu", dtype).contiguous()
-        if rank() == 0 and failure is None:
-            failure = _failure_of(lambda: save_tensors(directory / file, tensors))
-    if rank() == 0 and failure is None:
-        failure = _failure_of(lambda: _finish_directory(directory, model, tokenizer, dtype, weight_map))
-    raise_together(failure)
-
-
-def _failure_of(write) -> OSError | None:
-    """The error of a write, to be raised once the other ranks have been through all collectives."""
-    try:
-        write()
-    except OSError as error:
-        return error
+        run_on_ranks(rank() == 0, lambda: save_tensors(directory / file, tensors))
+    run_on_ranks(rank() == 0, lambda: _finish_directory(directory, model, tokenizer, dtype, weight_map))
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
