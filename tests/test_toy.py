@@ -191,6 +191,44 @@ def test_example_runs_with_two_processes_from_nothing(tmp_path):
     assert re.search(r"^REDI  .*±.*%.*%", run.stdout, re.MULTILINE) and "terminate called" not in run.stderr
 
 
+def test_pairs_of_own_samples_from_sft_to_redi(tmp_path):
+    """SFT, samples of the training problems, pairs of those samples, REDI on the pairs: the recipe without a teacher's
+    errors."""
+    code = """
+import torch
+from redi import distributed
+import prepare_data
+torch.set_num_threads(1)
+distributed.init_process_group()
+toy.prepare(Path("out"), seed=5)
+sft = [*toy.STAGES["sft"], "--steps", "60", "--lr", "3e-3"]
+toy.train_stage(train.main, sft, Path("out/start"), Path("out/data/positives.jsonl"), Path("out/sft"), 5)
+evaluate.main("--model out/sft/final --problems out/data/teacher.jsonl --output out/own --samples 4 "
+              "--max-new-tokens 40 --rows 64".split())
+prepare_data.main("traces --input out/own/sft-final/teacher/samples.jsonl --problems out/data/teacher.jsonl "
+                  "--output out/pairs --processes 1".split())
+redi = [*toy.STAGES["redi"], "--steps", "3"]
+toy.train_stage(train.main, redi, Path("out/sft/final"), Path("out/pairs/pairs.jsonl"), Path("out/redi"), 5)
+"""
+    run = run_small(code, tmp_path)
+    assert run.returncode == 0, run.stderr
+    out = tmp_path / "out"
+    problems = {row["id"]: row["problem"] for row in rows(out / "data/teacher.jsonl")}
+    samples = {id: [] for id in problems}
+    for row in rows(out / "own/sft-final/teacher/samples.jsonl"):
+        samples[row["id"]].append((row["response"], row["correct"] and row["finish_reason"] == "stop"))
+    pairs = rows(out / "pairs/pairs.jsonl")
+    assert len(pairs) > 5
+    for pair in pairs:
+        assert pair["prompt"] == [{"role": "user", "content": problems[pair["id"]]}]
+        [chosen], [rejected] = ([message["content"] for message in pair[key]] for key in ("chosen", "rejected"))
+        assert chosen.startswith("<think>\n") and (chosen, True) in samples[pair["id"]]
+        assert (rejected, False) in samples[pair["id"]]
+    # The model's own samples are likely under it, more so than the teacher's, and REDI moves the two apart.
+    steps = rows(out / "redi/metrics.jsonl")
+    assert [row["step"] for row in steps] == [1, 2, 3] and steps[0]["chosen_logp"] > -1
+
+
 def test_comparison_measures_a_method_at_every_learning_rate(tmp_path):
     code = """
 toy.SFT_STEPS = compare.SFT_STEPS = 2

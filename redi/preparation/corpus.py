@@ -238,8 +238,7 @@ def in_parallel(function: Callable, chunks: Iterable, processes: int) -> Iterato
     with contextlib.ExitStack() as stack:
         with _signals_blocked():
             pool = ProcessPoolExecutor(len(first), multiprocessing.get_context("spawn"), initializer=_start_worker)
-            stack.callback(pool.shutdown)  # if a signal interrupts the shutdown below: semaphores would be left over
-            stack.callback(pool.shutdown, cancel_futures=True)
+            stack.callback(_shut_down, pool)
         try:
             for chunk in chunks:
                 if len(pending) == 2 * processes:
@@ -258,6 +257,12 @@ def _start_worker() -> None:
     end_with_parent()
     if not multiprocessing.parent_process().is_alive():  # it was killed while this process started
         os._exit(1)
+
+
+def _shut_down(pool: ProcessPoolExecutor) -> None:
+    """Wait for the chunks in flight. Interrupted, it would leave semaphores behind, which Python reports."""
+    with _signals_blocked():
+        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
