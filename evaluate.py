@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_equal_names([storage_name(path) for path in args.model], args.model)
     device, threads = init_process_group(), torch.get_num_threads()
     agree_on_flags(args, ("model", "problems", "output"))
-    agree({f"--problems {benchmark.name} (SHA-256)": benchmark.digest for benchmark in benchmarks})
+    agree({f"--problems {Path(path).name} (SHA-256)": file_digest(path) for path in args.problems})
     torch.set_num_threads(args.threads)
     try:
         # Gloo, because ranks wait here for the longest response, and NCCL times out after ten minutes.

@@ -245,7 +245,7 @@ def test_a_rank_file_met_twice_counts_once(model, problems, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, "load_pretrained", None)
     run(model, problems, tmp_path / "out")
     assert main.read_bytes() == whole
-    assert sorted(path.name for path in main.parent.iterdir()) == ["samples.jsonl", "settings.json"]
+    assert sorted(path.name for path in main.parent.iterdir()) == [".lock", "samples.jsonl", "settings.json"]
 
 
 @pytest.mark.parametrize(
@@ -575,9 +575,9 @@ def test_a_prompt_that_opens_the_thought_counts(model, problems, tmp_path):
     changed = tmp_path / "x" / "final"
     shutil.copytree(model, changed)
     config = json.loads((changed / "tokenizer_config.json").read_text())
-    template = config["chat_template"].replace("assistant\\n", "assistant\\n<think>\\n")
-    assert template != config["chat_template"]
-    (changed / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    config["chat_template"] += "{% if add_generation_prompt %}<think>{% endif %}"
+    (changed / "tokenizer_config.json").write_text(json.dumps(config))
+    (changed / "chat_template.jinja").unlink(missing_ok=True)
     args = ["--model", str(changed), "--problems", str(problems), "--output", str(tmp_path / "out"), "--prefill", ""]
     [opened] = evaluate.Model(str(changed), [read_benchmark(problems)], evaluate.parse_arguments(args),
                               evaluate.torch.device("cpu")).stores  # fmt: skip
