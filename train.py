@@ -147,7 +147,7 @@ def train(args: argparse.Namespace) -> None:
             dataset_logps.check_reference(metrics["reference_gap"], args.dtype, path)
         metrics |= {"lr": lr, "lr_grad_norm": lr * metrics["grad_norm"], "tokens": dataset.input_lengths[rows].sum()}
         run.after_step(step + 1, epoch, metrics, dataset.lines[rows], updated=finite)
-    # run.steps has written OUTPUT/final.
+    run.finish()
 
 
 @torch.no_grad()

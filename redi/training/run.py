@@ -4,8 +4,9 @@ train.py calls, in this order and on every rank:
     run = Run(args, settings, defaults, method_flags)   refuses an output directory with another run
     run.prepare_output_dir(model_digest, …)             locks it, and records what the run begins with
     run.restore(model, optimizer, …)                    loads the newest checkpoint, if there is one
-    for step, batch in run.steps(…):                    writes OUTPUT/final after the last step
+    for step, batch in run.steps(…):
         …; run.after_step(step + 1, …)
+    run.finish()                                        writes OUTPUT/final
 """
 
 import argparse
@@ -143,21 +144,24 @@ class Run:
                 self._write_log({"step": 0, **values})
 
     def steps(self, total_steps: int, make_batch: Callable[[int], object]) -> Iterator[tuple[int, object]]:
-        """Yields (step from 0, make_batch(step)) of the remaining steps, then writes OUTPUT/final. A thread makes each
-        batch one step ahead. A signal meanwhile ends the run after the current step, or after that write."""
+        """Yields (step from 0, make_batch(step)) of the remaining steps. A thread makes each batch one step ahead. From
+        here to the end of `finish`, a signal ends the run after the current step, or after `finish`."""
         self.total_steps, self.signals, first = total_steps, [], self.state["step"]
+        self.handlers = contextlib.ExitStack()
+        self.handlers.enter_context(handle_signals(self.signals.append))
         bar = tqdm(range(first, total_steps), self.args.method, total_steps, initial=first, unit="step",
                    disable=distributed.hide_bar())
-        with handle_signals(self.signals.append), ThreadPoolExecutor(1) as pool:
-            following = None
-            for step in bar:
-                self.started = time.perf_counter()
-                batch = following or pool.submit(make_batch, step)
-                following = pool.submit(make_batch, step + 1) if step + 1 < total_steps else None
-                yield step, batch.result()
-            print_rank0(f"wrote {self._write_model('final')}")
-            if distributed.any_rank(bool(self.signals)):
-                raise SystemExit(self._signal_status())
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                following = None
+                for step in bar:
+                    self.started = time.perf_counter()
+                    batch = following or pool.submit(make_batch, step)
+                    following = pool.submit(make_batch, step + 1) if step + 1 < total_steps else None
+                    yield step, batch.result()
+        except GeneratorExit:  # the loop has ended with an exception
+            self.handlers.close()
+            raise
 
     def after_step(self, step: int, epoch: int, metrics: dict[str, float], lines, updated: bool) -> None:
         """Everything that follows an update: the log, skipped updates, held-out evaluation, the collapse monitor,
@@ -201,6 +205,13 @@ class Run:
             flag = "" if args.resume else " with --resume"
             print_rank0(f"stopped after step {step} of {self.total_steps}: run the same command{flag} to continue")
             raise SystemExit(self._signal_status())
+
+    def finish(self) -> None:
+        """Write OUTPUT/final."""
+        with self.handlers:
+            print_rank0(f"wrote {self._write_model('final')}")
+            if distributed.any_rank(bool(self.signals)):
+                raise SystemExit(self._signal_status())
 
     def _signal_status(self) -> int:
         return 128 + (self.signals[0] if self.signals else signal.SIGTERM)
