@@ -110,10 +110,10 @@ def test_the_overview_is_of_all_scored_pairs(folder, expected, tmp_path):
             for t, (id, value) in enumerate(zip(ids, values)):
                 profile[20 * t // len(ids)].append(value)
                 moved.setdefault(id, ([], []))[s].append(value)
-        flat, shares = np.concatenate(deltas), [np.sort(abs(each))[-10:].sum() / abs(each).sum() for each in deltas]
+        flat = np.concatenate(deltas)
         np.testing.assert_allclose(side["logps"], [logps.mean(1) for _, _, logps in responses], atol=6e-4)
         np.testing.assert_allclose(side["profile"], list(map(np.mean, profile)), atol=6e-4)
-        assert side["top"] == pytest.approx(np.median(shares), abs=6e-4) and sum(side["histogram"]) == len(flat)
+        assert sum(side["histogram"]) == len(flat)
         assert side["histogram"][20] == pytest.approx((abs(flat) < 0.125).sum(), abs=1)
         assert side["histogram"][0] == pytest.approx((flat < -4.875).sum(), abs=1)
     lowest = min(overview["movers"], key=lambda mover: sum(mover["sums"]))

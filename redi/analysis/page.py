@@ -14,6 +14,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+
+from redi import cli
+
+cli.prepare_process()
+
 import torch
 from tqdm import tqdm
 
@@ -33,11 +38,8 @@ TEMPLATE = Path(__file__).with_name("page.html")
 ALTERNATIVES = 5  # likeliest tokens shown at each position
 BINS, LARGEST = 41, 5.0  # of the histogram of Δ log π, whose first and last bins are centred on ∓LARGEST nats
 POSITIONS = 20  # bins of the position profile
-TOP = 10  # the share of Σ|Δ| that this many tokens of a response hold tells whether the change is local
 MOVERS, MIN_COUNT = 8, 5  # rows in a table of the most moved tokens; occurrences needed to be ranked by the average
-READING_FLAGS = (
-    "prefill", "system_prompt", "append_end_of_text", "max_prompt_tokens", "max_response_tokens", "max_tokens",
-)  # fmt: skip
+READING = ("prefill", "system_prompt", "append_end_of_text", "max_prompt_tokens", "max_response_tokens", "max_tokens")
 
 
 @dataclass
@@ -92,52 +94,50 @@ def score_response(model: CausalLM, prompt: list[int], response: list[int]) -> S
 
 
 def score_pairs(title: str, directory: Path, pairs: list[Pair], dtype: str) -> list[Scores]:
-    """Scores of each pair's chosen and rejected response, in this order: (2 x pairs). Frees the model on return."""
+    """Scores of each pair's chosen and rejected response, in this order: (2 x pairs). Frees the model on return.
+    Raises ValueError for log-probs that are not finite."""
     model = load_pretrained(directory, "cuda" if torch.cuda.is_available() else "cpu", DTYPES[dtype])
     bar = tqdm(pairs, f"log-probs {title}", unit="pair", disable=None)
-    return [score_response(model, pair.prompt, response) for pair in bar for response in pair.responses]
+    scores = [score_response(model, pair.prompt, response) for pair in bar for response in pair.responses]
+    if not all(np.isfinite(each.logps).all() for each in scores):
+        raise ValueError(f"{directory}: the model's log-probs are not finite")
+    return scores
 
 
 def overview(pairs: list[Pair], before: list[Scores], after: list[Scores], tokenizer: Tokenizer) -> dict:
     """Statistics of all scored pairs, as page.html draws them."""
     responses = [response for pair in pairs for response in pair.responses]
     lengths = np.array([len(response) for response in responses])
-    owners = np.repeat(np.arange(len(responses)), lengths)  # of each token: its response, odd for rejected
+    owners = np.repeat(np.arange(len(responses)), lengths)  # of each token: the index of its response, odd for rejected
     positions = np.concatenate([np.arange(n) for n in lengths])
+    ids, kinds = np.unique(np.concatenate(responses), return_inverse=True)
     old, new = (np.concatenate([scores.logps for scores in model]).astype(float) for model in (before, after))
-    deltas = new - old
-    moved = [np.sort(np.abs(values)) for values in np.split(deltas, np.cumsum(lengths)[:-1])]
-    shares = [values[-TOP:].sum() / max(values.sum(), 1e-9) for values in moved]
     averages = np.stack([np.bincount(owners, logps) / lengths for logps in (old, new)], axis=1)
-    edge = LARGEST * BINS / (BINS - 1)
-    sides = []
+    deltas, edge = new - old, LARGEST * BINS / (BINS - 1)
+    sides, sums, counts = [], [], []
     for side in range(2):
-        ours = owners % 2 == side
-        bins = positions[ours] * POSITIONS // lengths[owners[ours]]
-        sums, counts = np.bincount(bins, deltas[ours], POSITIONS), np.bincount(bins, minlength=POSITIONS)
+        mask = owners % 2 == side
+        values, bins = deltas[mask], positions[mask] * POSITIONS // lengths[owners[mask]]
+        profile = np.bincount(bins, values, POSITIONS), np.bincount(bins, minlength=POSITIONS)
         sides.append({
             "logps": averages[side::2].round(3).tolist(),
-            "histogram": np.histogram(deltas[ours].clip(-LARGEST, LARGEST), BINS, (-edge, edge))[0].tolist(),
-            "profile": [round(s / n, 3) if n else None for s, n in zip(sums, counts)],
-            "top": round(float(np.median(shares[side::2])), 3),
+            "histogram": np.histogram(values.clip(-LARGEST, LARGEST), BINS, (-edge, edge))[0].tolist(),
+            "profile": [round(total / n, 3) if n else None for total, n in zip(*profile)],
         })
+        sums.append(np.bincount(kinds[mask], values, len(ids)))
+        counts.append(np.bincount(kinds[mask], minlength=len(ids)))
 
-    ids, kinds = np.unique(np.concatenate(responses), return_inverse=True)
-    sums, counts = np.bincount(kinds, deltas), np.bincount(kinds)
-    means = np.where(counts >= min(MIN_COUNT, counts.max()), sums / counts, 0)
+    total, count = sum(sums), sum(counts)
+    mean = np.where(count >= min(MIN_COUNT, count.max()), total / count, 0)
+    order, places = np.abs(deltas).argsort(), np.empty(len(ids), dtype=int)
+    places[kinds[order]] = order  # the last one written: where each kind of token moved most
     movers = []
-    for kind in np.unique([np.argsort(sign * values)[:MOVERS] for values in (sums, means) for sign in (1, -1)]):
-        places = np.flatnonzero(kinds == kind)
-        place = places[np.argmax(deltas[places] * np.sign(sums[kind]))]
-        response, t = responses[owners[place]], positions[place]
-        parts = response[max(t - 4, 0) : t], response[t : t + 1], response[t + 1 : t + 4]
-        of_rejected = owners[places] % 2 == 1
-        movers.append({
-            "context": [tokenizer.decode(part, skip_special_tokens=False) for part in parts],
-            "sums": [round(float(deltas[places[mask]].sum()), 3) for mask in (~of_rejected, of_rejected)],
-            "counts": [int((~of_rejected).sum()), int(of_rejected.sum())],
-            "ranked": bool(means[kind]),
-        })
+    for kind in np.unique([np.argsort(sign * values)[:MOVERS] for values in (total, mean) for sign in (1, -1)]):
+        response, t = responses[owners[places[kind]]], positions[places[kind]]
+        context = response[max(t - 4, 0) : t], response[t : t + 1], response[t + 1 : t + 4]
+        movers.append({"context": [tokenizer.decode(part, skip_special_tokens=False) for part in context],
+                       "sums": [round(float(of_side[kind]), 3) for of_side in sums],
+                       "counts": [int(of_side[kind]) for of_side in counts], "ranked": bool(mean[kind])})
     return {"sides": sides, "largest": LARGEST, "movers": movers, "rows": MOVERS}
 
 
@@ -180,11 +180,13 @@ def shown_pair(pair: Pair, scores: Iterator[tuple[Scores, Scores]], tokenizer: T
             "sums": [round(float(model.logps.sum(dtype=float)), 2) for model in models],
             **judgement(tokenizer.decode(ids), golds),
         })
-    fork = next(t for t, (chosen, rejected) in enumerate(zip(*pair.responses)) if chosen != rejected)
+    differing = (t for t, (chosen, rejected) in enumerate(zip(*pair.responses)) if chosen != rejected)
+    fork = next(differing, min(map(len, pair.responses)))
     return {"id": pair.id, "problem": pair.problem, "golds": golds, "sides": sides, "fork": fork}
 
 
 def write_page(args) -> None:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     directories = [resolve_directory(model, MODEL_FILES) for model in (args.before, args.after)]
     tokenizers = [Tokenizer.from_pretrained(directory) for directory in directories]
     contexts = [load_config(*model).max_position_embeddings for model in zip(directories, tokenizers)]
@@ -221,9 +223,9 @@ def write_page(args) -> None:
 def run_settings(model: str) -> dict:
     """How the run that wrote a model directory (RUN/final, RUN/step-000100) read its data: flag -> value or text."""
     record = Path(model).resolve().parent / "run.json"
-    settings = read_json(record)["settings"] if record.is_file() else {}
+    settings = read_json(record).get("settings", {}) if record.is_file() else {}
     values = {"None": None, "True": True, "False": False}
-    return {name: values.get(settings[name], settings[name]) for name in READING_FLAGS if name in settings}
+    return {name: values.get(settings[name], settings[name]) for name in READING if name in settings}
 
 
 def main(argv: list[str] | None = None) -> None:
