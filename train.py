@@ -31,8 +31,8 @@ from redi.hub.config import load_config
 from redi.hub.weights import DTYPES, MODEL_FILES, load_sharded, weights_digest
 from redi.losses import sequence_logps
 from redi.model import RECOMPUTE, CausalLM, ModelConfig
-from redi.rows import TokenSettings
-from redi.tokenizer import PREFILL, Tokenizer
+from redi.rows import TokenSettings, add_token_flags
+from redi.tokenizer import Tokenizer
 from redi.training import dataset_logps, plan
 from redi.training.run import Run
 
@@ -259,12 +259,7 @@ def add_flags(parser: Parser, method: Method) -> None:
     add("--eval-data", type=Path, help="held-out rows in the same format, whose log-probs are logged")
     add("--rope-theta", type=positive, help="replaces the model's (the paper: 300000)")
     add("--max-position-embeddings", type=positive_int, help="replaces the model's, in tokens (the paper: 32768)")
-    add("--max-prompt-tokens", type=positive_int, default=800, help="pairs with a longer prompt are dropped")
-    add("--max-response-tokens", type=positive_int, default=19000, help="pairs with a longer response are dropped")
-    add("--max-tokens", type=positive_int, default=32768, help="longer sequences, prompt included, are dropped")
-    add("--prefill", default=PREFILL.replace("\n", r"\n"), help=r"forced start of responses in evaluation; \n: newline")
-    add("--system-prompt", help="system message (default: the chat template's)")
-    add("--append-end-of-text", action="store_true", help=r"end responses with \n<|endoftext|>, as the official code")
+    add_token_flags(add)
 
     add = parser.add_argument_group("optimisation").add_argument
     for name, options in method.flags.items():
@@ -317,7 +312,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.method == "example":
         return args
     args.dtype = args.dtype or ("bfloat16" if args.plan or torch.cuda.is_available() else "float32")
-    args.prefill = args.prefill.replace("\\n", "\n")
     args.eval_every = args.eval_every or args.save_every or 200
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")

@@ -1,11 +1,12 @@
 """A line of positives or pairs, in any form that TRL reads -> token ids of its prompt and completions. No torch."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 
+from redi.cli import positive_int
 from redi.files import error_context, read_jsonl
 from redi.tokenizer import PREFILL, REASONING_KEYS, Tokenizer
 
@@ -34,6 +35,17 @@ class TokenSettings:
         longest = max(map(len, completions))
         within = len(prompt) <= self.max_prompt and longest <= self.max_response
         return within and len(prompt) + longest <= self.max_total
+
+
+def add_token_flags(add: Callable) -> None:
+    """Add the flags that TokenSettings is made from; `add` is the add_argument of a parser."""
+    add("--max-prompt-tokens", type=positive_int, default=800, help="pairs with a longer prompt are dropped")
+    add("--max-response-tokens", type=positive_int, default=19000, help="pairs with a longer response are dropped")
+    add("--max-tokens", type=positive_int, default=32768, help="longer sequences, prompt included, are dropped")
+    add("--prefill", type=lambda text: text.replace(r"\n", "\n"), default=PREFILL.replace("\n", r"\n"),
+        help=r"forced start of responses in evaluation; \n: newline")
+    add("--system-prompt", help="system message (default: the chat template's)")
+    add("--append-end-of-text", action="store_true", help=r"end responses with \n<|endoftext|>, as the official code")
 
 
 @dataclass

@@ -31,8 +31,8 @@ from redi.hub.weights import DTYPES, MODEL_FILES, load_pretrained
 from redi.losses import logit_rows
 from redi.model import CausalLM
 from redi.problems import read_benchmark
-from redi.rows import TokenSettings, encode, read_examples
-from redi.tokenizer import PREFILL, Tokenizer
+from redi.rows import TokenSettings, add_token_flags, encode, read_examples
+from redi.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("page.html")
 ALTERNATIVES = 5  # likeliest tokens shown at each position
@@ -166,7 +166,10 @@ def judgement(response: str, golds: list[str] | None) -> dict:
 
 def shown_pair(pair: Pair, scores: Iterator[tuple[Scores, Scores]], tokenizer: Tokenizer, vocabulary, golds) -> dict:
     """A pair as page.html reads it: log-probs in 1/1000 nat, probabilities of the alternatives in 1/1000."""
-    index = lambda texts: [vocabulary.setdefault(text, len(vocabulary)) for text in texts]
+
+    def index(texts) -> list[int]:
+        return [vocabulary.setdefault(text, len(vocabulary)) for text in texts]
+
     word = cache(lambda id: tokenizer.decode([id], skip_special_tokens=False))
     sides = []
     for ids, models in zip(pair.responses, scores):
@@ -191,7 +194,7 @@ def write_page(args) -> None:
     tokenizers = [Tokenizer.from_pretrained(directory) for directory in directories]
     contexts = [load_config(*model).max_position_embeddings for model in zip(directories, tokenizers)]
     settings = TokenSettings(True, args.max_prompt_tokens, args.max_response_tokens, min(args.max_tokens, *contexts),
-                             args.prefill.replace("\\n", "\n"), args.system_prompt, args.append_end_of_text)
+                             args.prefill, args.system_prompt, args.append_end_of_text)
     pairs = list(islice(read_pairs(args.data, tokenizers, settings), args.limit))
     if not pairs:
         raise ValueError(f"{args.data} holds no pair within {settings.max_prompt} tokens of prompt, "
@@ -242,13 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--limit", type=positive_int, default=200, help="number of pairs to score, from the start of the file")
     add("--dtype", choices=list(DTYPES), default="bfloat16" if torch.cuda.is_available() else "float32",
         help="of the computation")
-    add = parser.add_argument_group("reading the data", "defaults: those of the run that wrote --after").add_argument
-    add("--prefill", default=PREFILL.replace("\n", r"\n"), help="start of a response that is encoded apart")
-    add("--system-prompt", help="system message (default: the chat template's)")
-    add("--append-end-of-text", action="store_true", help="responses end with a newline and <|endoftext|>")
-    add("--max-prompt-tokens", type=positive_int, default=800, help="longer prompts are skipped")
-    add("--max-response-tokens", type=positive_int, default=19000, help="longer responses are skipped")
-    add("--max-tokens", type=positive_int, default=32768, help="longer sequences are skipped")
+    reading = parser.add_argument_group("reading the data", "defaults: those of the run that wrote --after, if known")
+    add_token_flags(reading.add_argument)
     parser.set_defaults(**run_settings(parser.parse_args(argv).after))
     write_page(parser.parse_args(argv))
 
