@@ -7,7 +7,6 @@
 
 import argparse
 import math
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from redi.model import RECOMPUTE, CausalLM, ModelConfig
 from redi.rows import TokenSettings, add_token_flags
 from redi.tokenizer import Tokenizer
 from redi.training import dataset_logps, plan
-from redi.training.run import Run
+from redi.training.run import Run, add_run_flags
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def train(args: argparse.Namespace) -> None:
     """Run one stage, from rows to OUTPUT/final. Every rank calls."""
     method, device = METHODS[args.method], distributed.init_process_group()
     objective = partial(method.losses, **{name: getattr(args, name) for name in method.flags})
-    run = Run(args, *run_settings(args), [f"--{name.replace('_', '-')}" for name in method.flags])
+    run = Run(args, SETTINGS, method.flags)
     if run.is_finished:
         return print_rank0(f"{args.output / 'final'} exists: nothing to do")
     directory = resolve_directory(args.model, MODEL_FILES)
@@ -105,7 +104,7 @@ def train(args: argparse.Namespace) -> None:
     dataset = load_data(args, args.data, tokenizer, config)
     eval_dataset = args.eval_data and load_data(args, args.eval_data, tokenizer, config)
     if eval_dataset:
-        data.compare_held_out(dataset, eval_dataset, args.data, args.eval_data)
+        dataset_logps.compare_held_out(dataset, eval_dataset, args.data, args.eval_data)
     # Nothing is written before all inputs are checked.
     run.prepare_output_dir(weights_digest(directory), dataset.digest, eval_dataset and eval_dataset.digest)
     batching = {"batch_size": args.batch_size, "micro_batch_tokens": args.micro_batch_tokens}
@@ -281,25 +280,8 @@ def add_flags(parser: Parser, method: Method) -> None:
     add("--keep-layers", type=count, default=0, help="number of final layers that store all activations")
     add("--compile", action="store_true", help="torch.compile the layers; for GPUs")
 
-    add = parser.add_argument_group("output").add_argument
-    add("--output", required=True, type=Path, help="directory for checkpoints, the final model and metrics.jsonl")
-    add("--resume", action="store_true", help="continue the run in --output, or start it if there is none")
-    add("--overwrite", action="store_true", help="replace the run in --output")
-    add("--save-every", type=count, default=200, help="steps between checkpoints; 0 for none")
-    add("--keep-checkpoints", type=count, default=2, help="how many to keep; 0 for all")
-    add("--eval-every", type=positive_int, help="steps between evaluations of --eval-data (default: --save-every)")
-    add("--log-every", type=positive_int, default=10, help="steps between lines on the screen")
-    add("--tensorboard", action="store_true", help="also write event files to OUTPUT/tensorboard")
-    add("--collapse-threshold", type=positive, default=1.5, help="warn if the chosen LogPS falls by this, in nats")
-    add("--stop-on-collapse", action="store_true", help="save and stop at that warning")
-    add("--max-skipped", type=count, default=10, help="most consecutive updates skipped because of non-finite values")
-
-    add = parser.add_argument_group("plan").add_argument
-    add("--plan", action="store_true", help="print what the run would take on GPUs, and do not train")
-    add("--world-size", type=positive_int, default=int(os.environ.get("WORLD_SIZE", 1)), help="number of GPUs")
-    add("--peak-tflops", type=positive, default=989, help="peak rate of a GPU (989: H100 or H200 in bf16)")
-    add("--memory-gib", type=positive, default=80, help="memory of a GPU")
-    add("--utilization", type=positive, default=0.4, help="share of the peak rate that is reached")
+    add_run_flags(parser.add_argument_group("output").add_argument)
+    plan.add_plan_flags(parser.add_argument_group("plan").add_argument)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -319,14 +301,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if not path.is_file():
             raise ValueError(f"{path}: no such data file")
     return args
-
-
-def run_settings(args: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
-    """(what a resumed run must agree in, what a run begun before a setting existed had), as text by name."""
-    names = (*SETTINGS, *METHODS[args.method].flags)
-    minimal = [args.method, "--model", args.model, "--data", str(args.data), "--output", str(args.output)]
-    defaults = build_parser().parse_args(minimal)
-    return {name: str(getattr(args, name)) for name in names}, {name: str(getattr(defaults, name)) for name in names}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from redi.distributed import print_rank0
 from redi.files import cache_path, code_digest, file_digest, load_arrays, save_arrays
 from redi.losses import IGNORE_INDEX
 from redi.rows import TokenSettings, encode_rows
@@ -52,12 +51,6 @@ class Dataset:
     def label_counts(self) -> np.ndarray:
         """(examples, k): |y|, labels of each sequence."""
         return np.diff(self.label_spans).reshape(len(self), -1)
-
-    def hashes(self) -> tuple[list[int], list[int]]:
-        """Of each example: of the token ids of its prompt, and of all its token ids."""
-        starts, lengths = (array[:: self.sequences_per_example] for array in (self.offsets, self.prompt_lengths))
-        prompts = [hash(self.ids[start : start + length].tobytes()) for start, length in zip(starts, lengths)]
-        return prompts, [hash(self.ids[start:stop].tobytes()) for start, stop in zip(starts, starts[1:])]
 
 
 def load_dataset(path: Path, tokenizer: Tokenizer, settings: TokenSettings, fallback: Path) -> Dataset:
@@ -103,19 +96,6 @@ def _tokenize(path: Path, tokenizer: Tokenizer, settings: TokenSettings) -> Data
         digest.update(np.ascontiguousarray(array))
     dataset.digest = digest.hexdigest()
     return dataset
-
-
-def compare_held_out(dataset: Dataset, held_out: Dataset, path: Path, held_out_path: Path) -> None:
-    """Warn about rows of --eval-data that are in --data too, by their token ids or by those of their prompts alone.
-    Raises ValueError where all rows are."""
-    prompts, examples = map(set, dataset.hashes())
-    held_out_prompts, held_out_examples = held_out.hashes()
-    shared = sum(value in examples for value in held_out_examples)
-    if shared == len(held_out):
-        raise ValueError(f"{held_out_path} has the rows of {path}: --eval-data is for rows that are not trained on")
-    if shared_prompts := sum(value in prompts for value in held_out_prompts):
-        print_rank0(f"warning: of the {len(held_out)} examples in {held_out_path}, {shared} are also in {path}, and "
-                    f"{shared_prompts} have a prompt that is also there")
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:

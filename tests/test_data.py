@@ -16,6 +16,7 @@ from redi.data import Dataset, epoch_order, load_dataset, pack, partition, step_
 from redi.losses import sequence_logps
 from redi.rows import TokenSettings
 from redi.tokenizer import Tokenizer
+from redi.training import dataset_logps
 from tests import tiny
 from tests.conftest import ROOT
 from tests.test_rows import PAIR_FORMS, POSITIVES, assistant, user, write
@@ -290,7 +291,7 @@ def test_rows_and_prompts_of_the_held_out_file_that_are_trained_on_are_counted(t
 
     def compare(rows, held_out):
         paths = write(tmp_path / "train.jsonl", *rows), write(tmp_path / "held_out.jsonl", *held_out)
-        data.compare_held_out(*(load(path, tokenizer, settings) for path in paths), *paths)
+        dataset_logps.compare_held_out(*(load(path, tokenizer, settings) for path in paths), *paths)
         return capsys.readouterr().out
 
     rows = answers((1, 1), (2, 2), (2, 3), (4, 4))
@@ -308,10 +309,10 @@ def test_shared_pairs_are_those_of_two_equal_responses(tmp_path, tokenizer, caps
     pair = PAIR_FORMS["conversational"][0]
     paths = [write(tmp_path / "train.jsonl", pair),
              write(tmp_path / "held_out.jsonl", pair | {"rejected": [assistant("6")]})]
-    data.compare_held_out(*(load(path, tokenizer, PAIRS) for path in paths), *paths)
+    dataset_logps.compare_held_out(*(load(path, tokenizer, PAIRS) for path in paths), *paths)
     assert "0 are also in" in (line := capsys.readouterr().out) and "1 have a prompt" in line
     with pytest.raises(ValueError, match="has the rows"):
-        data.compare_held_out(*[load(paths[0], tokenizer, PAIRS)] * 2, *paths)
+        dataset_logps.compare_held_out(*[load(paths[0], tokenizer, PAIRS)] * 2, *paths)
 
 
 # Which rank gets which rows

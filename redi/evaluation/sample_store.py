@@ -10,17 +10,8 @@ from pathlib import Path
 
 from redi import answer_checker
 from redi.files import (
-    append_row,
-    drop_partial_line,
-    error_context,
-    file_digest,
-    json_line,
-    lock_directory,
-    make_directory,
-    read_json,
-    read_jsonl,
-    write_atomically,
-    write_json,
+    append_row, drop_partial_line, error_context, file_digest, json_line, lock_directory, make_directory, read_json,
+    read_jsonl, write_atomically, write_json,
 )
 from redi.problems import Benchmark, judge
 

@@ -78,3 +78,23 @@ def held_out(model, dataset: data.Dataset, batch_size: int, micro_batch_tokens: 
     if rejected:
         values |= {"eval_rejected_logp": rejected[0], "eval_margin": chosen - rejected[0]}
     return values
+
+
+def compare_held_out(dataset: data.Dataset, held_out: data.Dataset, path: Path, held_out_path: Path) -> None:
+    """Warn about rows of --eval-data that are in --data too, by their token ids or by those of their prompts alone.
+    Raises ValueError where all rows are."""
+    (prompts, examples), (held_out_prompts, held_out_examples) = _hashes(dataset), _hashes(held_out)
+    known_prompts, known_examples = set(prompts), set(examples)
+    shared = sum(value in known_examples for value in held_out_examples)
+    if shared == len(held_out):
+        raise ValueError(f"{held_out_path} has the rows of {path}: --eval-data is for rows that are not trained on")
+    if shared_prompts := sum(value in known_prompts for value in held_out_prompts):
+        distributed.print_rank0(f"warning: of the {len(held_out)} examples in {held_out_path}, {shared} are also in "
+                                f"{path}, and {shared_prompts} have a prompt that is also there")
+
+
+def _hashes(dataset: data.Dataset) -> tuple[list[int], list[int]]:
+    """Of each example: of the token ids of its prompt, and of all its token ids."""
+    starts, lengths = (array[:: dataset.sequences_per_example] for array in (dataset.offsets, dataset.prompt_lengths))
+    prompts = [hash(dataset.ids[start : start + length].tobytes()) for start, length in zip(starts, lengths)]
+    return prompts, [hash(dataset.ids[start:stop].tobytes()) for start, stop in zip(starts, starts[1:])]

@@ -7,12 +7,15 @@ of tensors, comparable with torch.cuda.max_memory_allocated, without torch.compi
 and measurement on one H200.
 """
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 
+from redi.cli import positive, positive_int
 from redi.data import Dataset, assign_to_ranks
 from redi.losses import logit_rows
 from redi.model import FAMILIES, RECOMPUTE, CausalLM, ModelConfig
@@ -20,6 +23,15 @@ from redi.model import FAMILIES, RECOMPUTE, CausalLM, ModelConfig
 GIB = 2**30
 FP32 = 4  # bytes: master weights, gradients, AdamW's moments and logits, whatever the compute dtype
 SAFE = 0.9  # share of the memory that a recommended setting may take by this count
+
+
+def add_plan_flags(add: Callable) -> None:
+    """Add the flags of --plan; `add` is the add_argument of a parser."""
+    add("--plan", action="store_true", help="print what the run would take on GPUs, and do not train")
+    add("--world-size", type=positive_int, default=int(os.environ.get("WORLD_SIZE", 1)), help="number of GPUs")
+    add("--peak-tflops", type=positive, default=989, help="peak rate of a GPU (989: H100 or H200 in bf16)")
+    add("--memory-gib", type=positive, default=80, help="memory of a GPU")
+    add("--utilization", type=positive, default=0.4, help="share of the peak rate that is reached")
 
 
 @dataclass

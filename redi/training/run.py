@@ -1,7 +1,7 @@
 """The life of a training run: its output directory, resuming, signals, the log, held-out values, checkpoints.
 train.py calls, in this order and on every rank:
 
-    run = Run(args, settings, defaults, method_flags)   refuses an output directory with another run
+    run = Run(args, settings, method_flags)             refuses an output directory with another run
     run.prepare_output_dir(model_digest, …)             locks it, and records what the run begins with
     run.restore(model, optimizer, …)                    loads the newest checkpoint, if there is one
     for step, batch in run.steps(…):
@@ -16,7 +16,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from redi import distributed
-from redi.cli import handle_signals
+from redi.cli import count, handle_signals, positive, positive_int
 from redi.distributed import print_rank0
 from redi.files import (
     append_row, drop_partial_line, json_line, lock_directory, read_json, read_jsonl, remove, write_atomically,
@@ -38,15 +38,30 @@ SHOWN = ("step", "loss", "chosen_logp", "rejected_logp", "grad_norm", "lr", "tok
 PATHS = ("model", "data", "eval_data")  # of these the content is compared
 
 
+def add_run_flags(add: Callable) -> None:
+    """Add the flags that `Run` reads; `add` is the add_argument of a parser."""
+    add("--output", required=True, type=Path, help="directory for checkpoints, the final model and metrics.jsonl")
+    add("--resume", action="store_true", help="continue the run in --output, or start it if there is none")
+    add("--overwrite", action="store_true", help="replace the run in --output")
+    add("--save-every", type=count, default=200, help="steps between checkpoints; 0 for none")
+    add("--keep-checkpoints", type=count, default=2, help="how many to keep; 0 for all")
+    add("--eval-every", type=positive_int, help="steps between evaluations of --eval-data (default: --save-every)")
+    add("--log-every", type=positive_int, default=10, help="steps between lines on the screen")
+    add("--tensorboard", action="store_true", help="also write event files to OUTPUT/tensorboard")
+    add("--collapse-threshold", type=positive, default=1.5, help="warn if the chosen LogPS falls by this, in nats")
+    add("--stop-on-collapse", action="store_true", help="save and stop at that warning")
+    add("--max-skipped", type=count, default=10, help="most consecutive updates skipped because of non-finite values")
+
+
 class Run:
-    def __init__(self, args: argparse.Namespace, settings: dict[str, str], defaults: dict[str, str],
-                 method_flags: list[str]):
-        """args: the command line; settings: what a resumed run must agree in; defaults: the values of settings that
-        did not exist when a run was begun; method_flags: the method's own.
+    def __init__(self, args: argparse.Namespace, settings: Collection[str], method_flags: Collection[str]):
+        """args: the command line; settings, method_flags: the names of those in which a resumed run must agree, and of
+        the method's own, in which it must agree too.
 
         Raises ValueError where the ranks have different flags, or OUTPUT contains another run.
         """
-        self.args, self.settings, self.defaults, self.method_flags = args, settings, defaults, method_flags
+        self.args, self.method_flags = args, [f"--{name.replace('_', '-')}" for name in method_flags]
+        self.settings = {name: str(getattr(args, name)) for name in (*settings, *method_flags)}
         self.output, self.record = args.output, args.output / "run.json"
         distributed.agree_on_flags(args, (*PATHS, "output"))
         restarted = distributed.is_remembered(str(self.output))  # by torchrun, after this run has begun
@@ -69,7 +84,7 @@ class Run:
                              "--output")
         if self.resume and self.record.is_file():
             record = self._read_record()
-            begun_with = {**self.defaults, **record["settings"]}
+            begun_with = {**self.settings, **record["settings"]}  # earlier versions had fewer settings
             for name, value in self.settings.items():
                 by_content = name == "data" or name == "model" and "model_digest" in record
                 if begun_with[name] != value and not by_content:
