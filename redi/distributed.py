@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Collection
@@ -19,11 +20,11 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from redi.cli import handle_signals
-from redi.files import LOCK, lock_directory, make_directory, source_digest
+from redi.files import LOCK, file_digest, lock_directory, make_directory, text_digest
 
 SECONDS_TO_SHOW = 15  # in which a network file system shows a new file to all machines
 
-_job_store: dist.Store | None = None  # torchrun's, which outlives the workers that it restarts
+_job: tuple[dist.Store, str] | None = None  # torchrun's store, which outlives its workers, and the attempt's name
 
 
 def init_process_group() -> torch.device:
@@ -44,11 +45,12 @@ def init_process_group() -> torch.device:
 
 
 def _join(backend: str) -> None:
-    global _job_store
+    global _job
     if "RANK" in os.environ:
-        _job_store, rank, world_size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(_attempt(_job_store, rank, world_size), _job_store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        attempt = _name_attempt(store, rank, world_size)
+        dist.init_process_group(backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=world_size)
+        _job = store, attempt
         return
     try:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -59,7 +61,7 @@ def _join(backend: str) -> None:
                          "interface (ip link set lo up)") from None
 
 
-def _attempt(store: dist.Store, rank: int, world_size: int) -> str:
+def _name_attempt(store: dist.Store, rank: int, world_size: int) -> str:
     """A name that the processes started together share, and no process started before or after them.
 
     torchrun keeps its store over restarts, in which new workers would find the addresses of dead ones, and each of its
@@ -90,15 +92,21 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def remember(name: str) -> None:
-    """Note something for the workers that torchrun starts in place of these (--max-restarts). For rank 0."""
-    if _job_store:
-        _job_store.set(f"redi/note/{name}", "")
+def note_start(name: str) -> None:
+    """Note that this attempt has started something, for the workers by which torchrun may replace these (rank 0)."""
+    if _job:
+        store, attempt = _job
+        store.set(f"redi/started/{name}", attempt)
 
 
-def is_remembered(name: str) -> bool:
-    """Whether rank 0 of an earlier attempt noted it. The same on every rank. Collective."""
-    return all_gather_object(bool(_job_store) and _job_store.check([f"redi/note/{name}"]))[0]
+def was_started(name: str) -> bool:
+    """Whether an earlier attempt of the same torchrun has noted that it started this, as rank 0 sees it. Collective."""
+    found = False
+    if _job:
+        store, attempt = _job
+        key = f"redi/started/{name}"
+        found = store.check([key]) and store.get(key).decode() != attempt
+    return all_gather_object(found)[0]
 
 
 def shard(model: nn.Module, compute_dtype: torch.dtype) -> None:
@@ -211,7 +219,9 @@ def agree_on_flags(args: argparse.Namespace, paths: Collection[str]) -> None:
     """
     flags = {f"--{name.replace('_', '-')}": value is not None if name in paths else value
              for name, value in vars(args).items()}
-    agree({**flags, "code (SHA-256)": source_digest(), "torch": torch.__version__})
+    sources = [Path(sys.argv[0]), *sorted(Path(__file__).parent.rglob("*.py"))]
+    code = text_digest(" ".join(file_digest(path) for path in sources if path.is_file()))
+    agree({**flags, "code (SHA-256)": code, "torch": torch.__version__})
 
 
 def lock_output(directory: Path) -> None:

@@ -303,14 +303,6 @@ def code_digest(*sources: str | Path | ModuleType) -> str:
     return text_digest("\n".join(texts))
 
 
-def source_digest() -> str:
-    """A digest of this package and its commands, byte by byte: whether processes run the same code."""
-    package = Path(__file__).parent
-    scripts = [package.parent / f"{name}.py" for name in ("train", "evaluate")]
-    digests = [file_digest(path) for path in (*sorted(package.rglob("*.py")), *filter(Path.is_file, scripts))]
-    return text_digest(" ".join(digests))
-
-
 def resolve_directory(path_or_hub_id: str | Path, patterns: list[str], repo_type: str = "model") -> Path:
     """A local directory, or the cached download of a Hugging Face hub id: of its files that match `patterns` (globs).
 

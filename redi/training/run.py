@@ -64,7 +64,7 @@ class Run:
         self.settings = {name: str(getattr(args, name)) for name in (*settings, *method_flags)}
         self.output, self.record = args.output, args.output / "run.json"
         distributed.agree_on_flags(args, (*PATHS, "output"))
-        restarted = distributed.is_remembered(str(self.output))  # by torchrun, after this run has begun
+        restarted = distributed.was_started(str(self.output))  # and is now restarted by torchrun
         self.resume, self.overwrite = args.resume or restarted, args.overwrite and not restarted
         self.is_finished = distributed.all_gather_object(self.resume and (self.output / "final").is_dir())[0]
         distributed.run_on_ranks(distributed.rank() == 0, self._check_directory)
@@ -123,7 +123,7 @@ class Run:
                 remove(path)
             checkpoint.remove_leftovers(self.output)
             write_json(self.record, {"settings": self.settings, **{f"{name}_digest": d for name, d in digests.items()}})
-            distributed.remember(str(self.output))
+            distributed.note_start(str(self.output))
 
         distributed.run_on_ranks(distributed.rank() == 0, prepare)
 
