@@ -1,16 +1,16 @@
-r"""Is this final answer equal to the gold one?  One file on sympy; copy it anywhere (pip install sympy).
+r"""Decide whether a final answer equals the gold answer. One file on sympy: copy it anywhere (pip install sympy).
 
-    python answer_checker.py '\frac{1}{2}' 0.5
+    python answer_checker.py '\frac{1}{2}' 0.5       exit status 0: equal, 1: not equal
     python answer_checker.py --file rows.jsonl       rows with "gold" and "prediction" or "response"
 
-The public functions, extract_answer, answers_match, is_correct and explain, are at the end.  Who does what: the
-grammar is ours, no text reaches eval, sympify or another parser.  sympy keeps sums, products and whole powers canonical
-and cancels them in the difference of two answers; roots, functions, e, i and pi are atoms to it, since its own rules
-for them can run for hours.  mpmath, at 120 digits, decides whether what did not cancel is zero, at fixed pseudo-random
-points if there are variables.  Sets of reals are lists of their ends, matrices tuples of rows.
-Refused, and equal to the same text only: sums, integrals, limits, inequalities that are not linear, words that negate
-or that are glued to a number, and all past the limits.  Of several readings the usual one is taken: 1\frac{3}{4} is a
-mixed number, 1/2x is x/2, log has any one base, (a, b) is a point or an open interval, several variables are positive.
+The public functions are at the end; the parts stand in the order in which an answer passes through them. A new word or
+unit belongs in a table, a new notation in a cleaning rule (or in the grammar, if it nests), a new kind of object in the
+grammar and in the comparison. No text reaches eval, sympify or another parser. sympy keeps sums, products and integer
+powers canonical; roots, functions, e, i and pi are atoms to it, since its own rules for these can run for hours.
+mpmath, at 120 digits, decides whether a difference that did not cancel is zero, at fixed pseudo-random points if it
+has variables. An answer that cannot be read equals only the same text: sums, integrals, limits, unknown commands, words
+that may change the value. Of several readings the usual one is taken: 1\frac{3}{4} is a mixed number, 1/2x is x/2, log
+has any one base, (a, b) is a point or an open interval, several variables are positive.
 """
 import collections
 import dataclasses
@@ -24,27 +24,27 @@ import sys
 import unicodedata
 from fractions import Fraction
 
-VERSION = "2.0"
+VERSION = "3.0"
 
-# 1. Limits, and the import of sympy
-MAX_CHARS, MAX_TOKENS, MAX_DEPTH = 2000, 800, 24  # of an answer: a longer one, or one with deeper groups, is not read
-MAX_DIGITS, MAX_BITS = 1000, 40_000  # of a number in the text, and of one that a power or a factorial makes
-MAX_EXPONENT, MAX_FACTORIAL, MAX_SIGNS = 1000, 3000, 4  # of a formula's power; of n in n!; +- in one answer
+# 1. Limits
+MAX_CHARS, MAX_TOKENS, MAX_DEPTH = 2000, 800, 24  # of an answer: characters, tokens, nested groups
+MAX_DIGITS, MAX_BITS = 1000, 40_000  # of a number in the text; of a number that a power or a factorial makes
+MAX_EXPONENT, MAX_FACTORIAL, MAX_SIGNS = 1000, 3000, 4  # of a formula's power; of n in n!; plus-minus signs
 MAX_WORK = 15_000  # steps of one verdict, each about ten microseconds
-PRECISION, MAX_MAGNITUDE = 400, 10**6  # bits of a value at a point (120 digits), and of what is before its point
+PRECISION, MAX_MAGNITUDE = 400, 10**6  # bits of a value at a point (120 digits), and of its integer part
 
 
 class Refused(ArithmeticError):
-    """Outside the grammar, past a limit, or without a value here."""
+    """The text is outside the grammar, exceeds a limit, or has no value at this point."""
 
 
-def require(condition, why):
+def require(condition, reason):
     if not condition:
-        raise Refused(why)
+        raise Refused(reason)
 
 
 class Budget:
-    """What one verdict may still cost: a count and no clock, so that it depends on the two texts alone."""
+    """The work that one verdict may cost, in steps and not in seconds: a verdict depends on the texts alone."""
     work = MAX_WORK
 
     def spend(self, work=1):
@@ -52,6 +52,330 @@ class Budget:
         require(self.work >= 0, "more work than one verdict may cost")
 
 
+# 2. Tables
+OPERATORS = {  # commands that are tokens under their own name
+    "in", "notin", "cup", "cap", "setminus", "pm", "mp", "over", "choose", "mod", "pmod", "rfloor", "rceil", "newline",
+    "choice"}  # (C) 12, written by a cleaning rule
+SPELLINGS = {  # a token: other commands (without their backslash) and characters that spell it
+    "*": ("cdot", "times", "ast"), "/": ("div", "slash"), ",": (";",), ":": ("colon",), "|": ("mid",),
+    "=": ("==", ":=", "equiv"), "!=": ("ne", "neq"), "~": ("approx", "thickapprox", "simeq"), "<": ("lt",),
+    ">": ("gt",), "<=": ("le", "leq", "leqq", "leqslant"), ">=": ("ge", "geq", "geqq", "geqslant"),
+    "->": ("to", "rightarrow"), "and": ("land", "wedge"), "or": ("lor", "vee"), "mod": ("bmod",),
+    "cup": ("bigcup", "cupdot"), "cap": ("bigcap",), "setminus": ("backslash",),
+    "(": ("lparen", "langle"), ")": ("rparen", "rangle"), "[": ("lbrack",), "]": ("rbrack",),
+    "{{": (r"\{", "lbrace"), "}}": (r"\}", "rbrace"),  # of sets; { and } only group
+    "'": ("prime",), "°": ("degree", "textdegree"), "%": (r"\%",), "newline": (r"\\", "cr"),
+    "frac": ("dfrac", "tfrac", "cfrac", "sfrac", "nicefrac", "xfrac"), "binom": ("dbinom", "tbinom"),
+    "infty": ("infinity", "inf", "oo"), "emptyset": ("varnothing",), "tan": ("tg",), "cot": ("ctg",),
+    "arcsin": ("asin",), "arccos": ("acos",), "arctan": ("atan", "arctg"),
+    "arcsinh": ("arsinh", "asinh"), "arccosh": ("arcosh", "acosh"), "arctanh": ("artanh", "atanh")}
+TOKEN_OF = {spelling: token for token, spellings in SPELLINGS.items() for spelling in spellings}
+LETTERS = {  # commands that name a variable or a constant
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
+    "pi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi",
+    "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega", "ell", "hbar", "mho"}
+DROPPED = {  # layout without meaning
+    "$", '"', r"\(", r"\)", r"\[", r"\]", "thinspace", "displaystyle", "textstyle", "limits", "normalsize", "large",
+    "nonumber", "boxed", "fbox", "text", "mathrm", "mathbf", "mathit", "mathsf", "mathcal", "mathfrak", "mathbb", "bm",
+    "boldsymbol", "bf", "rm", "it", "underline", "vec", "overrightarrow", "angle", "measuredangle", "triangle"}
+MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"}
+ENVIRONMENTS = MATRICES | {"aligned", "align", "gather", "gathered", "split", "cases", "dcases", "rcases"}
+RECIPROCAL = {"sec": "cos", "csc": "sin", "cot": "tan"}  # sec x = 1 / cos x
+TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan"}
+FUNCTIONS = TRIGONOMETRIC | {
+    "ln", "log", "lg", "exp", "sqrt", "sinh", "cosh", "tanh", "arcsinh", "arccosh", "arctanh"}
+NAMED = FUNCTIONS | {  # and known names whose values are not computed
+    "abs", "floor", "ceil", "max", "min", "gcd", "lcm", "arg", "det", "deg", "dim", "Re", "Im", "sgn", "sign", "erf"}
+COMMANDS = NAMED | {"frac", "binom", "lfloor", "lceil", "infty", "emptyset"} | {"begin" + x for x in ENVIRONMENTS}
+
+UNITS = [  # powers of the base units, and the names of units (a plural s is understood) with their sizes
+    ({"m": 1}, {"mm": "0.001", "millimeter": "0.001", "cm": "0.01", "centimeter": "0.01", "m": "1", "meter": "1",
+                "km": "1000", "kilometer": "1000", "in": "0.0254", "inch": "0.0254", "inche": "0.0254", "ft": "0.3048",
+                "foot": "0.3048", "feet": "0.3048", "yd": "0.9144", "yard": "0.9144", "mile": "1609.344"}),
+    ({"m": 3}, {"ml": "1e-6", "milliliter": "1e-6", "liter": "0.001"}),
+    ({"s": 1}, {"ms": "0.001", "s": "1", "sec": "1", "second": "1", "min": "60", "minute": "60", "h": "3600",
+                "hr": "3600", "hour": "3600", "day": "86400", "week": "604800"}),
+    ({"year": 1}, {"month": "1/12", "yr": "1", "year": "1"}),
+    ({"kg": 1}, {"mg": "1e-6", "milligram": "1e-6", "g": "0.001", "gram": "0.001", "kg": "1", "kilogram": "1",
+                 "lb": "0.45359237", "pound": "0.45359237", "oz": "0.028349523125", "ounce": "0.028349523125"}),
+    ({"m": 1, "s": -1}, {"mph": "0.44704", "kph": "5/18"}),
+    ({"kg": 1, "m": 1, "s": -2}, {"n": "1", "newton": "1"}),
+    ({"kg": 1, "m": 2, "s": -2}, {"j": "1", "joule": "1"}),
+    ({"dollar": 1}, {"cent": "0.01", "penny": "0.01", "pennie": "0.01", "dollar": "1", "usd": "1"}),
+    ({"euro": 1}, {"euro": "1", "eur": "1"}),
+    ({"unit": 1}, {"unit": "1"})]  # square units
+UNIT_OF = {}  # a name -> (size, powers)
+for _powers, _sizes in UNITS:
+    for _name, _size in _sizes.items():
+        for _form in (_name, _name.replace("meter", "metre").replace("liter", "litre")):
+            UNIT_OF[_form] = UNIT_OF[_form + "s" if len(_form) > 2 else _form] = (Fraction(_size), _powers)
+POWER_WORDS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
+MULTIPLIERS = {
+    "dozen": Fraction(12), "hundred": Fraction(100), "thousand": Fraction(10**3), "million": Fraction(10**6),
+    "billion": Fraction(10**9), "trillion": Fraction(10**12), "tenth": Fraction(1, 10), "tenths": Fraction(1, 10),
+    "hundredth": Fraction(1, 100), "hundredths": Fraction(1, 100), "thousandths": Fraction(1, 1000)}
+NUMERALS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
+            "nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50}
+CURRENCIES = {"dollar", "usd", "pound", "euro", "eur", "yen"}  # may stand before the number, and are units there
+FILLERS = {  # say nothing: they may stand before a value, and are ignored behind it
+    "a", "an", "the", "so", "thus", "hence", "therefore", "then", "we", "get", "have", "has", "had", "find", "there",
+    "it", "is", "are", "was", "were", "be", "will", "would", "equals", "equal", "to", "in", "our", "final", "correct",
+    "answer", "answers", "result", "value", "values", "solution", "solutions", "total", "exactly", "approximately",
+    "about", "roughly", "just", "only", "st", "nd", "rd", "th"}
+TITLES = {  # name the value: they may stand before it as well
+    "age", "amount", "angle", "area", "average", "box", "case", "choice", "class", "cost", "count", "day", "degree",
+    "diameter", "difference", "digit", "distance", "domain", "door", "expression", "figure", "game", "group", "height",
+    "interval", "item", "length", "level", "mass", "maximum", "mean", "median", "minimum", "mode", "number", "option",
+    "page", "part", "perimeter", "plan", "player", "point", "points", "price", "probability", "product", "profit",
+    "question", "quotient", "radius", "range", "rate", "ratio", "remainder", "room", "row", "set", "slope", "speed",
+    "statement", "statements", "step", "sum", "team", "temperature", "time", "type", "volume", "weight", "width"}
+CHANGING = {  # change the value: an answer with one of these behind it equals only the same text
+    "squared", "cubed", "square", "cubic", "factorial", "half", "halves", "third", "thirds", "quarter", "fourths",
+    "fifths", "sixths", "eighths", "double", "doubled", "twice", "triple", "tripled", "root", "power", "inverse",
+    "reciprocal", "opposite", "plus", "minus", "mod", "modulo",  # operations
+    "more", "less", "least", "most", "greater", "larger", "bigger", "smaller", "fewer", "higher", "lower", "above",
+    "below", "over", "under", "exceeding", "beyond", "almost", "nearly", "between", "through", "until",  # comparisons
+    "north", "south", "east", "west", "northeast", "northwest", "southeast", "southwest", "left", "right", "up",
+    "down", "upward", "upwards", "downward", "downwards", "backward", "backwards", "forward", "forwards", "clockwise",
+    "counterclockwise", "anticlockwise", "negative", "positive", "loss", "debt", "deficit", "deposit", "withdrawal",
+    "decrease", "increase", "ago", "early", "late",  # directions and signs
+    "no", "not", "cannot", "never", "neither", "nor", "none", "non", "without", "except", "excluding", "unless",
+    "wrong", "incorrect", "false", "invalid", "impossible", "undefined", "unknown", "maybe", "perhaps", "possibly",
+    "rejected", "extraneous",  # negations and verdicts
+    "odd", "even", "prime", "composite", "imaginary", "infinite", "repeating", "recurring"}  # classes of numbers
+SHORT_WORDS = {  # of two or three letters, without \text: a word here, and not a product of variables
+    "is", "of", "to", "if", "as", "no", "am", "pm", "sq", "the", "are", "was", "has", "had", "get", "our", "ago", "odd",
+    "not", "nor", "non", "one", "two", "six", "ten", "per", "all", "any", "yes", "for"}
+UNICODE = {
+    "−": "-", "–": "-", "—": "-", "‐": "-", "×": "*", "·": "*", "∙": "*", "⋅": "*", "÷": "/", "∕": "/", "⁄": "/",
+    "≤": "<=", "⩽": "<=", "≥": ">=", "⩾": ">=", "≠": "!=", "≈": "\\approx ", "≡": "\\equiv ", "→": "\\to ",
+    "∞": "\\infty ", "√": "\\sqrt ", "∛": "\\sqrt[3] ", "±": "\\pm ", "∓": "\\mp ", "∶": ":", "∣": "|",
+    "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∉": "\\notin ", "∖": "\\setminus ", "∅": "\\emptyset ",
+    "∧": "\\land ", "∨": "\\lor ", "¬": "\\neg ", "°": "\\degree ", "º": "\\degree ", "∘": "\\circ ", "∠": "",
+    "′": "'", "″": "''", "‘": "'", "’": "'", "“": "", "”": "", "⟨": "\\langle ", "〈": "\\langle ", "⟩": "\\rangle ",
+    "〉": "\\rangle ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ",
+    "£": '"pound ', "€": '"euro ', "¥": '"yen ', "￥": '"yen ', "¢": '"cents '}
+UNICODE.update({digit: ",%d" % n for n, digit in enumerate("①②③④⑤⑥⑦⑧⑨", 1)})  # numbered answers
+for _mark, _scripts in (("^", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"), ("_", "₀₁₂₃₄₅₆₇₈₉")):
+    UNICODE.update({script: _mark + "{%s}\0" % plain for script, plain in zip(_scripts, "0123456789+-n")})
+
+
+# 3. Cleaning: rules that turn the many spellings of LaTeX and prose into uniform text
+# In uniform text each word has a quote before it ("cm), each function a backslash, and each unknown name an @.
+Rule = collections.namedtuple("Rule", "name example equal trigger pattern replacement")
+RULES = []
+
+
+def rule(name, example, equal, trigger, pattern, replacement):
+    """Add a rule. With it the example equals the other answer, without it it does not (the tests try both).
+
+    The pattern matches only where the trigger occurs, a text that is faster to search for ("" if there is none).
+    """
+    RULES.append(Rule(name, example, equal, trigger, re.compile(pattern), replacement))
+
+
+def mark_word(word, before, behind, font=""):
+    """A run of letters between two texts, uniformly: functions with a backslash, words with a quote.
+
+    font: the command around it ("text", "mathrm", "operatorname"), "" if there is none.
+    """
+    low, name, after = word.lower(), TOKEN_OF.get(word, word), behind.lstrip()[:1]
+    last, roman = before.rstrip(" ~\\,(")[-1:], font in ("mathrm", "operatorname")
+    follows_number = last.isdigit() or last == "}"
+    if low in ("and", "or"):  # but OR = 5 and \frac{AND}{B} are names of segments
+        joins = last.isalnum() and behind[:1] == " " and after.isalnum()
+        return word if word.isupper() and not font and not joins else r"\l%s " % low
+    is_unit = low in UNIT_OF and follows_number and behind[:1] != "("
+    if low == "mod" or (roman or not font) and name in NAMED and not is_unit or not font and (
+            name in ("infty", "alpha", "theta") or low == "in" and after in ("[", "(", "{", "\\")):
+        return "\\%s " % name
+    if roman and len(word) == 1 and word not in "msghNJWVKL":  # \mathrm{m} is a metre, \mathrm{e} a number
+        return word
+    if roman and (behind[:1] == "(" or font == "operatorname"):
+        return "@%s " % word
+    if low in UNIT_OF:
+        is_word = len(word) > 2 or word == low and follows_number
+    elif low in ("st", "nd", "rd", "th"):
+        is_word = before[-1:].isdigit()
+    else:
+        is_word = low in SHORT_WORDS and (len(word) > 2 or not after or after.isalnum() or after in ".,")
+        is_word = is_word or follows_number and re.match(r" [A-Za-z]{4}", behind)  # 5 red apples
+    is_word = font or is_word or len(word) > 3 and after not in ("^", "_")
+    return word if not is_word else '"%s ' % (low if len(word) > 1 else word)
+
+
+def mark_font(match):
+    r"""Mark the words in \text{...} and the like. A lone word before a bracket is a function: \text{arsinh}(5)."""
+    font, content, before, behind = match[1], match[2], match.string[: match.start()], match.string[match.end() :][:1]
+    font = "operatorname" if font != "mathrm" and behind == "(" and re.fullmatch("[A-Za-z]{2,}", content) else font
+    return " %s " % re.sub(r"(?<!\\)\b[A-Za-z]+", lambda word: mark_word(
+        word[0], before + content[: word.start()], content[word.end() :].strip() or behind, font), content)
+
+
+def repeating_decimal(match):
+    """0.1\\overline{6} as a sum: what stands before the period, and the period over nines."""
+    period = match[3] or match[4] + (match[5] or "") + (match[6] or "")
+    return r"(%s.%s0+\frac{%s}{%s})" % (match[1] or 0, match[2], period, "9" * len(period) + "0" * len(match[2]))
+
+
+def derivative(match):
+    """dy/dx as one name, so that d does not cancel."""
+    return " D_{%s} " % re.sub(r"[^A-Za-z0-9]", "", match[0].replace("frac", ""))
+
+
+LONGEST_FIRST = "|".join(sorted(FUNCTIONS | {"pi"}, key=lambda name: (-len(name), name)))
+RELATION = r"(?:=|<|>|\\(?:leq?|geq?|neq?|approx|equiv)(?![A-Za-z]))"
+
+rule("brace of a system", r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.", "x=1, y=2", r"\right",
+     r"\\left\s*\\\{(?=.*\\right\s*\.)", "")
+rule("size and colour", r"\left.\textcolor{red}{5}\right.", "5", "\\",
+     r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", " ")
+rule("digit groups of LaTeX", r"1{,}000\,000", "1000000", "",
+     r"(?<=\d)\s*(?:,\s*\\!|\{,\}|\\[,;: !]|~)\s*(?=\d{3}(?!\d))", "")
+rule("spacing", r"\{x\,|\,x>1\}", "x>1", "", r"~|(?<!\\)\\(?:[,;:!> ]|q?quad(?![a-z]))", " ")
+rule("digit groups with spaces", "1 000 000", "1000000", " ",
+     r"(?<![\d.,\w}])\d{1,3}(?: \d{3})+(?![\d.])", lambda match: match[0].replace(" ", ""))
+rule("repeating decimal", r"0.\dot{1}4285\dot{7}", r"\frac{1}{7}", ".",
+     r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*\{(\d+)\}|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)",
+     repeating_decimal)
+rule("number in brackets", "(1010)_2", "1010_2", "_", r"[({]\s*(\d[\dA-F]*)\s*[)}]\s*(?=_\s*[\d{])", r"\1")
+rule("name in braces", "{g}_{k}", "g_k", "{", r"\{\s*(\\?[A-Za-z]+)\s*\}(?=\s*_)", r" \1")
+rule("clock time", r"4:30\text{ p.m.}", "4:30 pm", ":",
+     r"(?i)(\d[\s~]*(?:\\(?:text|mathrm|mbox)\s*\{\s*|\\[ ,])?)([ap])\.?\s?m(?![a-z^_])\.?",
+     lambda match: match[1] + match[2].lower() + "m ")
+rule("end of a row", r"\begin{cases}x=1,\\y=2\\\end{cases}", "x=1, y=2", "\\begin",
+     r"[,;]\s*(?=&|\\\\|\\end)|(?:\\\\|\.)\s*(?=\\end)", "")
+rule("environment", r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)", "\\begin",
+     r"\\(begin|end)\s*\{([A-Za-z]*)\*?\}(?:\s*[\[{][lcr|\s]*[\]}])?", r"\\\1\2 ")
+rule("alignment", r"\begin{align*}x&=1\\y&=2\end{align*}", "x=1, y=2", "&",
+     r"&\s*(?=%s)|(%s|\\begin(?:aligned|align|gather|split)|\\\\)\s*&" % (RELATION, RELATION), r"\1 ")
+rule("derivative", r"\frac{dy}{dx}=2x", "2x", "d",
+     r"\\[dt]?frac\s*\{\s*d(?:\^\{?\d\}?)?\s*\\?[A-Za-z]*\s*\}\s*\{\s*d\s*\\?[A-Za-z]+(?:\^\{?\d\}?)?\s*\}"
+     r"|(?<![A-Za-z\\])d[a-zA-Z]\s*/\s*d[a-z](?![A-Za-z])", derivative)
+rule("dollar sign of an amount", "$0.50", r"50\text{ cents}", "$", r"\\?\$(?=\s*-?[\d.])|\\\$", r'"dollar ')
+rule("fonts and names of operators", r"\mathrm{e}+\operatorname{arsinh}(0)", "e", "\\",
+     r"\\(text(?:bf|it|rm|sf|tt|sc|normal)?|mbox|hbox|emph|mathrm|operatorname)\*?\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
+     mark_font)
+rule("functions beside letters", "xsinx", r"x\sin x", "",
+     r'(?<![\\A-Za-z"@])([a-z]?)(%s)([a-z]?)(?![A-Za-z])' % LONGEST_FIRST, r"\1\\\2 \3")
+rule("words without a font", "5 apples", "5", "", r'(?<![\\A-Za-z"@])[A-Za-z]{2,}',
+     lambda match: mark_word(match[0], match.string[: match.start()], match.string[match.end() : match.end() + 9]))
+rule("condition of a case", r"\begin{cases}x, \text{if }x>0\\-x, \text{if }x<0\end{cases}",
+     r"\begin{cases}x & x>0\\-x & x<0\end{cases}", "\\begin", r'(?:&|,|\s)*"(?:if|for|when)\s', "&")
+rule("fraction of words", r"60\frac{\text{miles}}{\text{hour}}", "60 miles per hour", '"',
+     r'\\frac\s*\{\s*("[^{}]*)\}\s*\{\s*("[^{}]*)\}', r'\1 "per \2')
+rule("choice", r"\textbf{(C)}", "C", "",
+     r'^\s*(?:"(?:the|answer|is|option|choice)\s+)*[\s($]*"?([A-J])[\s).$]*$', r"\1")
+rule("choice with its value", r"\textbf{(C) } 12", "C", "", r'^\s*\(?\s*"?([A-J])\s*[).]\s+(?=[\w\\$.(-])',
+     r"\1\\choice ")
+rule("label with a colon", r"\text{Answer: } 5", "5", ":", r'^((?:\s*"[a-z]+ )+)\s*:', r"\1=")
+rule("power of programming languages", "x**2", "x^2", "**", r"\*\*", "^")
+rule("degrees in words", r"180\text{ degrees}", r"\pi", '"degree', r'"degrees? ', r"\\degree ")
+rule("percent in words", r"62.5\text{ percent}", "0.625", '"percent', r'"percent ', r"\\% ")
+rule("all real numbers", r"\text{all real numbers}", r"(-\infty,\infty)", '"', r'"all\s+"real(?:s|\s+"numbers)', "R")
+rule("remark", r"5\text{ (since }x>0)", "5", "",
+     r'(?<=\S)[\s,;(]*(?:"(?:where|such|given|since|because|provided|with)\s|\\forall'
+     r'|"(?:if|when|for|as)\s(?!.*(?:,|\\land|\\lor|"if|"otherwise)))(?:[^()\[\]{}]|\{[^{}]*\}|\([^()]*\))*\)?$',
+     lambda match: match[0] if r"\begin" in match.string else "")
+rule("range of a parameter", r"2k\pi, k \in \mathbb{Z}", r"2k\pi", r"\in",
+     r"(?<=[^\s,;(])\s*[,;(]\s*\(?[A-Za-z]\s*\\in\s*(?:\\mathbb|\\mathbf)?\s*\{?\s*[ZNQ]\s*\}?\s*\)?\s*$", "")
+rule("set-builder", r"\left\{x\in\mathbb{R} \mid x\ge 1\right\}", r"[1,\infty)", r"\{",
+     r"^\s*(?:[A-Za-z]\s*=)?\s*\\\{\s*\\?[A-Za-z]+\s*(?:\\in\s*(?:\\math\w+\s*)?\{?\s*R\s*\}?\s*)?"
+     r'(?:\||\\mid(?![a-z])|:|"such\s+"that\s)(.*)\\\}\s*$', r"\1")
+rule("bars", r"\lvert x\rvert", r"\operatorname{abs}(x)", "", r"\\[lr]?[vV]ert(?![a-z])|\\\|", "|")
+rule("absolute value", "|x-1|", "|1-x|", "|", r"\|([^|]*)\|", r"\\abs(\1)")
+rule("empty braces", r"\{\}", r"\emptyset", r"\{", r"\\\{\s*\\\}", r"\\emptyset ")
+rule("reversed brackets", "]0,1[", "(0,1)", "]", r"^\s*\](.*)([\[\]])\s*$",
+     lambda match: "(" + match[1] + {"[": ")", "]": "]"}[match[2]])
+rule("variant letters", r"\varphi", r"\phi", "\\var", r"\\var(phi|epsilon|theta)(?![a-z])", r"\\\1 ")
+rule("digits as arguments", r"\frac12", "0.5", "\\", r"(\\(?:[dtcsx]?frac|nicefrac|[dt]?binom))\s*(\d\s*\d?)",
+     lambda match: match[1] + re.sub(r"(\d)\s*", r"{\1}", match[2]))
+rule("degree sign", r"30^{\circ}", "30", "circ",
+     r"\^\s*\{\s*\\circ\s*([CF]?)\s*\}|(?:\^|(?<=[\d}]))\s*\\circ(?![a-z])", r"\\degree \1")
+rule("temperature", r"72^\circ F", "72", r"\degree", r'(?<=\\degree)\s*"?([CF])(?![A-Za-z])',
+     lambda match: {"C": ' "celsius ', "F": ' "fahrenheit '}[match[1]])
+rule("product as a denominator", "t/RC", r"\frac{t}{RC}", "/", r"(?<=[\w})])/([A-Za-z]{2,})(?![A-Za-z(_^])", r"/(\1)")
+rule("prime", r"f^\prime(x)=2x", "f'(x)=2x", "prime", r"\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z]))",
+     lambda match: "'" * match[0].count("prime"))
+rule("inverse function", "f^{-1}(x)=x-1", "x-1", "^", r"(?<![A-Za-z\\])([fgh])\s*\^\s*\{\s*-\s*1\s*\}\s*(?=\()",
+     r"\1_{-1}")
+rule("ordinal", r"5^{\text{th}}", "5", "^", r'\^\s*\{\s*"?(?:th|st|nd|rd)\s*\}', "")
+rule("residue class", r"x\equiv 3\ (\bmod 7)", r"x\equiv 3\pmod 7", "mod",
+     r"\(\s*\\b?mod(?![A-Za-z])([^()]*)\)", r"\\pmod{\1}")
+
+GLUED_WORDS = re.compile(  # 72Ihopeitiscorrect: no unit, and no answer that a reward should pay for
+    r"(?<=[\d}])(?!square|cubic|degrees?|[A-Z]+$)(?:[A-Za-z]{13}|[a-z]*[A-Z](?=[A-Za-z]{3}))")
+
+
+def plain_character(char):
+    """A character as ASCII LaTeX, or itself where it has no such spelling."""
+    if char.isascii():
+        return char if char >= " " else {"\f": "\\f", "\b": "\\b"}.get(char, " ")  # \frac, read as an escape
+    name, plain = unicodedata.name(char, ""), unicodedata.normalize("NFKC", char)
+    if greek := re.fullmatch("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)", name.replace("LAMDA", "LAMBDA")):
+        return "\\%s " % (greek[2].lower() if greek[1] == "SMALL" else greek[2].capitalize())
+    if "\N{FRACTION SLASH}" in plain and char not in UNICODE:
+        return r"\frac{%s}{%s}" % tuple(part or "1" for part in plain.split("\N{FRACTION SLASH}"))
+    return UNICODE.get(char, "" if unicodedata.category(char) in ("Cf", "Cc") else plain)
+
+
+def clean(text):
+    """The uniform text of an answer: ASCII, one spelling of each notation, words quoted, remarks cut off."""
+    text = text.strip(" \t\r\n").replace("@", " ")
+    if not text.isascii() or not text.isprintable():
+        text = "".join(map(plain_character, text)).lstrip(",")
+        text = re.sub("}\0[_^]{", "", text).replace("\0", "")  # superscripts beside each other are one
+    if "\\\\" in text and r"\begin" not in text.replace(r"\\begin", ""):  # escaped twice, as JSON does
+        text = re.sub(r"\\\\(?=[A-Za-z{}()\[\]%$,;!|])", r"\\", text)
+    require(not GLUED_WORDS.search(text), "words glued to a number")
+    dollars = re.findall(r"(?<!\\)\$(\s*-?[\d.])?", text) if "$" in text else []
+    if len(dollars) % 2 == 0 and not all(dollars):  # $5$ is math, but $5, and $10 and $20, are amounts
+        text = re.sub(r"(?<!\\)\$", " ", text)
+    for _, _, _, trigger, pattern, replacement in RULES:
+        if trigger in text:
+            text = pattern.sub(replacement, text)
+    return re.sub(r"^(?:[\s=,:]|\\approx(?![a-z]))+", "", text).rstrip(" .,;\\")
+
+
+# 4. Tokens
+TOKEN = re.compile(r"""\s*(?:
+    (?P<number>(?:\d[\dA-F]{,60}+(?=_(?:\{1[1-6]\}|1[1-6]))|\d+(?:\.\d+)?|\.\d+)
+        (?:[eE](?:-?\d{1,3}|\+\d{2,3})(?!\d|\.\d))?(?:_(?:\{[\s"]*\w+\s*\}|\d+|[A-Za-z]))?)'*
+    |(?P<words>(?:"[A-Za-z]+\s*(?:\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)\s*)?(?:[/*.]\s*(?="))?)+)
+    |(?P<variable>(?:\\(?:overline|hat|bar|dot|ddot|tilde|widehat|widetilde)\s*(?:\{[^{}]*\}|[A-Za-z])|[A-Za-z]
+        |\\(?:%s)(?![A-Za-z]))(?:\s*_\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\d+|\\?[A-Za-z]+)|\s*')*)
+    |(?P<unknown>@[A-Za-z]+)
+    |(?P<operator>\\[A-Za-z]+|\\.|<=|>=|!=|==|:=|->|\.\.\.|\S))""" % "|".join(sorted(LETTERS)), re.VERBOSE)
+
+
+def tokenize(text):
+    """[(kind, value)] of uniform text. Kinds: number, variable, command, unknown, words, operator."""
+    tokens = []
+    for match in TOKEN.finditer(text):
+        kind, value = match.lastgroup, match[match.lastgroup]
+        if kind == "words":
+            value = " ".join(re.findall(r"[A-Za-z]+|/|\^[\s{]*-?\d+", value)).replace("{", "").replace("^ ", "^")
+            if tokens and tokens[-1][0] == "words":
+                value = tokens.pop()[1] + " " + value
+        elif kind != "operator":
+            value = re.sub(r'[\s"{}\\]', "", value) if len(value) > 1 else value
+        else:
+            name = value[1:] if value[0] == "\\" and value[1:].isalpha() else value
+            if name in DROPPED:
+                continue
+            is_unknown = name != value and name not in TOKEN_OF and name not in OPERATORS and name[:3] != "end"
+            value = TOKEN_OF.get(name, name)
+            kind = "command" if value in COMMANDS else "unknown" if is_unknown else kind
+        tokens.append((kind, value))
+    require(len(tokens) <= MAX_TOKENS, "more than %d tokens" % MAX_TOKENS)
+    return tokens
+
+
+# 5. Safe construction: nothing else in this file makes or combines sympy objects
+# Why no text can hang it. A text is short, and so are its numbers; powers and factorials, which make longer ones, are
+# limited and charged to the budget, as is the common denominator of a sum. sympy gets rationals, symbols, Calls, their
+# sums, products and integer powers, and makes these canonical in polynomial time. It gets no root, function, e, i, pi
+# or infinity that it would know as such, so it never asks, evaluating without a limit, whether a number is zero.
 ENGINE = {}
 
 
@@ -67,7 +391,7 @@ def engine():
         mp.mpf(constant)  # mpmath's cache of them is not safe to enlarge from two threads
     mp.prec = PRECISION
 
-    class Call(sympy.Expr):  # a function, or a power that is not whole: Call(name, arguments...), an atom to sympy
+    class Call(sympy.Expr):  # a function, or a power that is not an integer: Call(name, arguments...), an atom to sympy
         is_commutative = is_Function = True
 
     fixed = {"pi": [+mp.pi], "e": [+mp.e], "i": [mp.j],  # and the marks, with two readings each
@@ -76,171 +400,6 @@ def engine():
                                         "Call": lambda name, *args: Call(sympy.Symbol(name), *args)})
 
 
-# 2. Text to tokens: the tables, then clean and tokenize
-SYNONYMS = dict(entry.rsplit("=>", 1) for entry in r"""
-    cdot=>* times=>* ast=>* div=>/ slash=>/ le=><= leq=><= leqslant=><= ge=>>= geq=>>= geqslant=>>= lt=>< gt=>>
-    ne=>!= neq=>!= approx=>~ simeq=>~ ===>= :==>= equiv=>= in=>in notin=>notin cup=>cup cupdot=>cup bigcup=>cup cap=>cap
-    setminus=>setminus backslash=>setminus pm=>pm mp=>mp mid=>| \{=>{{ \}=>}} lbrace=>{{ rbrace=>}} lbrack=>[ rbrack=>]
-    lparen=>( rparen=>) langle=>( rangle=>) colon=>: ;=>, to=>-> rightarrow=>-> circ=>° degree=>° textdegree=>° \%=>%
-    land=>and wedge=>and lor=>or vee=>or prime=>' \\=>newline newline=>newline cr=>newline rfloor=>rfloor rceil=>rceil
-    choice=>choice asin=>arcsin acos=>arccos atan=>arctan tg=>tan ctg=>cot arctg=>arctan infinity=>infty inf=>infty
-    oo=>infty dfrac=>frac tfrac=>frac cfrac=>frac dbinom=>binom tbinom=>binom varnothing=>emptyset""".split())
-DROPPED = set(r"""~ $ " \$ \, \; \: \! \> \( \) \[ \] quad qquad thinspace displaystyle textstyle limits boxed fbox
-    underline angle measuredangle triangle bf rm it normalsize large Large nonumber vec overrightarrow text mathrm
-    mathbf mathit mathsf mathcal mathfrak mathbb boldsymbol bm""".split()) | {"\\ "}
-REFUSED = set("int iint oint sum prod lim limsup liminf ldots dots cdots vdots def write input exists implies".split())
-ROWS = set("matrix pmatrix bmatrix smallmatrix array cases aligned align gathered split".split())
-TRIGONOMETRIC = set("sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh".split())
-FUNCTIONS = TRIGONOMETRIC | {"ln", "log", "lg", "exp", "sqrt"}
-LONGEST_FIRST = "|".join(sorted({*FUNCTIONS, "pi"}, key=lambda name: (-len(name), name)))
-NAMED = FUNCTIONS | set("abs floor ceil max min gcd lcm arg det deg dim Re Im sgn sign erf rank tr ker".split())
-COMMANDS = {*NAMED, *REFUSED, *("begin" + row for row in ROWS), "frac", "binom", "lfloor", "lceil", "infty", "emptyset"}
-UNITS = {form % (name + plural): ((dimension, power), Fraction(size)**power) for dimension, units in {
-    "metre": "mm:1/1000 millimeter:1/1000 cm:1/100 centimeter:1/100 m:1 meter:1 km:1000 kilometer:1000",
-    "foot": "inch:1/12 inche:1/12 in:1/12 ft:1 feet:1 foot:1 yard:3 mile:5280", "clock": "am:1 pm:2",
-    "second": "s:1 sec:1 second:1 min:60 minute:60 h:3600 hr:3600 hour:3600 day:86400 week:604800",
-    "gram": "mg:1/1000 g:1 gram:1 kg:1000 kilogram:1000", "dollar": "cent:1/100 dollar:1 usd:1"}.items()
-         for name, size in (unit.split(":") for unit in units.split()) for plural in ("", "s")[:1 + (len(name) > 2)]
-         for form, power in (("%s", 1), ("square %s", 2), ("sq %s", 2), ("%s ^2", 2), ("cubic %s", 3), ("%s ^3", 3))}
-MULTIPLIERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten
-NUMERALS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
-NEGATIONS = set("no not except without never neither nor non".split())
-WORDS = {*UNITS, *MULTIPLIERS, *NUMERALS, *NEGATIONS, *"""the is are mph rpm per percent degree degrees radian radians
-    unit square cubic sq lb lbs oz ml kcal all any yes th st nd rd where such given since because provided with for if
-    when as""".split()} - {"s", "m", "h", "g"}
-GLUED = re.compile(r"(?<=[\d}])(?!square|cubic|degrees?|[A-Z]+$)(?:[A-Za-z]{13}|[a-z]*[A-Z](?=[A-Za-z]{3}))")
-UNICODE = {word[0]: word[1:] + " " * (word[1:2] == "\\") for word in r"""
-    −- –- —- ‐- ×* ·* ∙* ⋅* ÷/ ∕/ ⁄/ ≤<= ⩽<= ≥>= ⩾>= ≠!= ≈\approx ≡\equiv ∞\infty ∪\cup ∩\cap ∈\in ∉\notin √\sqrt ∶:
-    ∛\sqrt[3] °\degree º\degree ∘\circ ±\pm ∓\mp ∅\emptyset ∣| →\to ′' ″'' ‘' ’' “ ” ⟨\langle 〈\langle ⟩\rangle ∠
-    〉\rangle ⌊\lfloor ⌋\rfloor ⌈\lceil ⌉\rceil ∧\land ∨\lor ∖\setminus ￥$ ¥$ £$ €$ ¢cents ℝR ℤZ ℕN ℚQ ℂC
-    ①,1 ②,2 ③,3 ④,4 ⑤,5 ⑥,6 ⑦,7 ⑧,8 ⑨,9""".split()}
-UNICODE.update({char: mark + "{%s}\0" % plain for mark, chars in (("^", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"), ("_", "₀₁₂₃₄₅₆₇₈₉"))
-                for char, plain in zip(chars, "0123456789+-n")})
-
-
-def word(match, font=""):
-    """A run of letters: words with a quote before each, functions with a backslash, variables as they are."""
-    word, text = match[0], match.string
-    low, name, roman = word.lower(), SYNONYMS.get(word, word), font in ("mathrm", "operatorname")
-    before, after = text[:match.start()].rstrip(" ~\\,")[-1:], text[match.end():match.end() + 9].lstrip()[:1]
-    if low in ("and", "or"):
-        return r"\l%s " % low
-    if name in NAMED and (roman or not font) or not font and (
-            name in ("infty", "alpha", "theta") or low == "in" and after in ("[", "(", "{", "\\")):
-        return "\\%s " % name
-    if font:  # \mathrm{m} is a metre, \mathrm{e} a number
-        return word if roman and len(word) == 1 and word not in "msghNJWVKL" else '"%s ' % (low if low[1:] else word)
-    if low in UNITS:
-        is_word = len(word) > 2 or word == low and (before.isdigit() or before == "}")
-    else:
-        is_word = low in WORDS and (len(word) > 2 or not after or after.isalnum() or after in ".,")
-    return '"%s ' % low if is_word or len(word) > 3 and after not in ("^", "_") else word
-
-
-REWRITES = [(trigger, re.compile(pattern), new) for trigger, pattern, new in (  # where the text has the trigger
-    ("\\", r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", " "),
-    ("", r"(?<=\d)\s*(?:,\s*\\!|\{,\}|\\[,;: !]|~)\s*(?=\d{3}(?!\d))", ""),  # 1{,}000 and 1\,000
-    (" ", r"(?<![\d.,\w}])\d{1,3}(?: \d{3})+(?![\d.])", lambda match: match[0].replace(" ", "")),
-    (".", r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda match: r"(%s.%s0+\frac{%s}{%s})" % (
-        match[1] or 0, match[2], match[3], "9" * len(match[3]) + "0" * len(match[2]))),
-    (":", r"(?i)(\d[\s~]*(?:\\(?:text|mathrm|mbox)\s*\{\s*|\\[ ,])?)([ap])\.?\s?m(?![a-z^_])\.?",
-     lambda match: match[1] + match[2].lower() + "m "),
-    ("\\begin", r"(?:,\s*(?=&)|\\\\\s*(?=\\end))", ""),  # at the end of a cell or of a matrix
-    ("\\begin", r"\\(begin|end)\s*\{([a-z]*)\*?\}(?:\s*[\[{][lcr|\s]*[\]}])?", r"\\\1\2 "),
-    ("\\", r"\\(text(?:bf|it|rm|sf|tt|sc|normal)?|mbox|hbox|emph|mathrm|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
-     lambda match: " %s " % re.sub(r"(?<!\\)\b[A-Za-z]+", functools.partial(word, font=match[1]), match[2])),
-    ("", r'(?<![\\A-Za-z"])([a-z]?)(%s)([a-z]?)(?![A-Za-z])' % LONGEST_FIRST, r"\1\\\2 \3"),  # xsinx
-    ("", r'(?<![\\A-Za-z"])[A-Za-z]{2,}', word),
-    ('"', r'\\frac\s*\{\s*("[^{}]*)\}\s*\{\s*("[^{}]*)\}', r"\1/\2"),  # miles over hours
-    ('"', r'(?<=[\w})])\s*"(%s)\s' % "|".join(MULTIPLIERS), lambda match: r"\cdot 10^{%d} " % MULTIPLIERS[match[1]]),
-    ('"', r'(?:^|(?<=[,=({])|(?<=\\lor)|(?<=\\land))\s*"(%s)\s' % "|".join(NUMERALS),
-     lambda match: " %s " % NUMERALS[match[1]]),
-    ("", r'^\s*(?:"(?:the|answer|is|option|choice)\s+)*[\s($]*"?([A-J])[\s).$]*$', r"\1"),  # a choice
-    ("", r'^\s*\(?\s*"?([A-J])\s*[).]\s+(?=[\w\\$.(-])', r"\1\\choice "),  # (C) 12
-    ("", r'^(?:\s*\\approx|(?:\s*"[a-z]+ )+\s*:)', ""),  # Answer: 5
-    ('"', r'"(percent|degree)s? ', lambda match: {"percent": r"\% ", "degree": r"\degree "}[match[1]]),
-    ('"', r'"all\s+"real(?:s|\s+"numbers)', "R"), ("**", r"\*\*", "^"), ("\\ ", r"(?<!\\)\\ ", " "),
-    ("", r'(?<=\S)[\s,;(]*(?:"(?:where|such|given|since|because|provided|with)\s|\\forall|"(?:if|when|for|as)\s'
-     r'(?!.*(?:,|\\land|\\lor|"if|"otherwise)))(?:[^()\[\]{}]|\{[^{}]*\}|\([^()]*\))*\)?$', ""),  # a remark
-    (r"\in", r"(?<=[^\s,;(])\s*[,;(]\s*\(?[A-Za-z]\s*\\in\s*(?:\\mathbb|\\mathbf)?\s*\{?\s*[ZNQ]\s*\}?\s*\)?\s*$", ""),
-    (r"\{", r"\\\{\s*\\\}", r"\\emptyset "),
-    (r"\{", r"^\\\{\s*\\?[A-Za-z]+\s*(?:\\in\s*(?:\\mathbb\s*)?\{?[A-Z]\}?\s*)?(?:\||\\mid\b|:)(.*)\\\}$", r"\1"),
-    ("]", r"^\](.*)([\[\]])$", lambda match: "(" + match[1] + {"[": ")", "]": "]"}[match[2]]),  # ]0,1[
-    ("\\var", r"\\var(phi|epsilon|theta)(?![a-z])", r"\\\1 "), ("\\", r"\\[lr]?[vV]ert(?![a-z])\s*|\\\|", "|"),
-    ("|", r"\|([^|]*)\|", r"\\abs(\1)"),
-    ("\\", r"(\\[dtc]?frac|\\[dt]?binom)\s*(\d\s*\d?)", lambda match: match[1] + re.sub(r"(\d)\s*", r"{\1}", match[2])),
-    ("/", r"(?<![\w.,/^_\\}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 1 3/4
-    ("frac", r"(?<![\w.,/^_\\}])(\d+)\s*\\[dtc]?frac\{(\d+)\}\s*\{(\d+)\}", lambda match: (
-        r"(%s+\frac{%s}{%s})" % match.groups() if 0 < int(match[2]) < int(match[3]) else match[0])),
-    ("\\", r'(?:\^\s*\{\s*\\(?:circ|degree)\s*[CF]?\s*\}|\^?\s*\\(?:circ|degree)\b)\s*(?:"?[CF]\b)?', r"\\degree "),
-    ("/", r"(?<=[\w})])/([A-Za-z]{2,})(?![A-Za-z(_^])", r"/(\1)"),  # t/RC
-    ("prime", r"\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z]))", lambda match: "'" * match[0].count("prime")),
-    ("^", r"(?<![A-Za-z\\])([fgh])\s*\^\s*\{\s*-\s*1\s*\}\s*(?=\()", r"\1_{-1}"),  # an inverse function
-    ("^", r'\^\s*\{\s*"?(?:th|st|nd|rd)\s*\}', ""))]
-TOKEN = re.compile(r"""\s*(?:
-    (?P<n>(?:\d[\dA-F]{,60}+(?=_(?:\{1[1-6]\}|1[1-6]))|\d+(?:\.\d+)?|\.\d+)
-        (?:[eE](?:-?\d{1,3}|\+\d{2,3})(?!\d|\.\d))?(?:_(?:\{[\s"]*\w+\s*\}|\d+|[A-Za-z]))?)'*
-    |(?P<w>(?:"[A-Za-z]+\s*(?:\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)\s*)?(?:[/*.]\s*(?="))?)+)
-    |(?P<v>(?:\\(?:overline|hat|bar|dot|ddot|tilde|widehat|widetilde)\s*(?:\{[^{}]*\}|[A-Za-z])|[A-Za-z]
-        |\\(?!(?:%s)(?![A-Za-z]))[A-Za-z]+)(?:\s*_\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\d+|\\?[A-Za-z]+)|\s*')*)
-    |\\(?P<c>[A-Za-z]+)
-    |(?P<o>\\.|<=|>=|!=|==|:=|->|\.\.\.|\S))""" % "|".join(
-        sorted(filter(str.isalpha, {*COMMANDS, *DROPPED, *SYNONYMS, *("end" + row for row in ROWS)}))), re.VERBOSE)
-
-
-def clean(text):
-    """Strict text: one spelling for everything, words quoted, functions with a backslash, remarks cut off."""
-    text = text.strip(" \t\r\n")
-    if not text.isascii() or not text.isprintable():
-        text = "".join(map(plain_character, text)).lstrip(",")
-        text = re.sub("}\0[_^]{", "", text).replace("\0", "")  # scripts beside each other are one
-    if "\\\\" in text and r"\begin" not in text.replace(r"\\begin", ""):  # escaped once too often, as JSON does
-        text = re.sub(r"\\\\(?=[A-Za-z{}()\[\]%$,;!|])", r"\\", text)
-    require(not GLUED.search(text), "words glued to a number")
-    for trigger, pattern, new in REWRITES:
-        if trigger in text:
-            text = pattern.sub(new, text)
-    return text.lstrip(" =,:$").rstrip(" .,;\\$")
-
-
-def plain_character(char):
-    if char.isascii():
-        return char if char >= " " else {"\f": "\\f", "\b": "\\b"}.get(char, " ")  # \frac, read as an escape
-    name, plain = unicodedata.name(char, ""), unicodedata.normalize("NFKC", char)
-    if greek := re.fullmatch("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)", name.replace("LAMDA", "LAMBDA")):
-        return "\\%s " % (greek[2].lower() if greek[1] == "SMALL" else greek[2].capitalize())
-    if "\N{FRACTION SLASH}" in plain and char not in UNICODE:
-        return r"\frac{%s}{%s}" % tuple(part or "1" for part in plain.split("\N{FRACTION SLASH}"))
-    return UNICODE.get(char, "" if unicodedata.category(char) in ("Cf", "Cc") else plain)
-
-
-def tokenize(text):
-    """[(kind, value)] of clean text: n(umber), v(ariable), c(ommand), w(ords), o(perator)."""
-    tokens = []
-    for match in TOKEN.finditer(text):
-        kind, value = match.lastgroup, match[match.lastgroup]
-        if kind == "w":
-            value = " ".join(re.findall(r"[A-Za-z]+|\^[\s{]*-?\d+", value)).replace("{", "")
-            if tokens and tokens[-1][0] == "w":
-                value = tokens.pop()[1] + " " + value
-        elif kind in ("n", "v"):
-            value = re.sub(r'[\s"{}\\]', "", value) if len(value) > 1 else value
-        elif value in DROPPED:
-            continue
-        else:
-            value = SYNONYMS.get(value, value)
-            kind = "c" if value in COMMANDS else "o"
-        tokens.append((kind, value))
-    require(len(tokens) <= MAX_TOKENS, "more than %d tokens" % MAX_TOKENS)
-    return tokens
-
-
-# 3. Safe construction: nothing else in this file makes or combines sympy objects
-# Why no text can hang it.  A text is short, and so are its numbers; only powers and factorials make longer ones, which
-# are limited and charged to the budget, as is the common denominator of a sum.  sympy gets rationals, symbols, Calls,
-# their sums, products and whole powers, and makes these canonical in polynomial time; it gets no root, function, e, i,
-# pi or infinity that it would know as such, so it never asks whether a number is zero, positive or finite: there it
-# would evaluate without a limit.
 def build(kind, *args):
     return (ENGINE.get("loaded") or engine())[kind](*args)
 
@@ -266,7 +425,7 @@ def multiply(*factors):
 
 
 def power(base, exponent, budget):
-    """base ** exponent: exact if it is rational, sympy's own if the exponent is whole, else a Call."""
+    """base ** exponent: exact if it is rational, sympy's own if the exponent is an integer, else a Call."""
     if base.is_Rational and exponent.is_Rational:
         top, bottom, whole = exact_root(base.p, exponent.q), exact_root(base.q, exponent.q), exponent.p
         top, bottom, whole = (top, bottom, whole) if whole >= 0 else (bottom, top, -whole)
@@ -287,8 +446,7 @@ def power(base, exponent, budget):
     return call("^", base, exponent)
 
 
-def exact_root(n, degree):
-    """The integer of which n is the power, or None; negative for negative n and odd degrees."""
+def exact_root(n, degree):  # the integer of which n is the power, or None; negative for negative n and odd degrees
     if degree > 1 and (n < 0 and degree % 2 == 0 or n.bit_length() > 2000 or degree > 1000):
         return None
     root, exact = build("integer_nthroot", abs(n), degree) if degree > 1 else (abs(n), True)
@@ -300,7 +458,7 @@ def inverse(x, budget):
 
 
 def combinatorial(name, args, budget):
-    """n! or a binomial coefficient: exact for whole numbers, else a Call (in factorials, n would be there twice)."""
+    """n! or a binomial coefficient: exact for integers, else a Call (in factorials, n would be there twice)."""
     if not all(x.is_Integer for x in args):
         budget.spend(150)  # x!!!... is a deep expression, and the stack is not
         return call(name, *args)
@@ -311,11 +469,14 @@ def combinatorial(name, args, budget):
     return number(math.factorial(n) if name == "!" else math.comb(n, k))
 
 
-# 4. The parser: tokens to sympy expressions, and to Nodes for what is no expression
+# 6. Grammar: tokens to sympy expressions, and to Nodes for what is no expression
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """note: a list's joint, an interval's ends, a relation's operators, a unit's words, a base's digits, a sign."""
-    kind: str  # list, set, tuple, matrix, row, interval, cup, relation, unit, ratio, base, choice, infinity...
+    """An answer that is no expression. kind: list, set, tuple, matrix, row, interval, relation, cup, cap, setminus,
+    ratio, unit, base, congruence, rounded, choice or infinity. note: a list's joint, an interval's ends, a relation's
+    operators, a unit's words, a base's digits, a sign, half a unit in the last place.
+    """
+    kind: str
     parts: tuple = ()
     note: str = ""
     is_Symbol = is_Rational = is_Function = False  # as sympy's objects say of themselves
@@ -325,8 +486,7 @@ def kind(x):
     return x.kind if isinstance(x, Node) else ""
 
 
-def members_of(x):
-    """Of a list, a set, a tuple, or a matrix of one row or column; x itself if it is none of these."""
+def members_of(x):  # of a list, a set, a tuple, or a matrix of one row or column; x itself if it is none of these
     if kind(x) == "matrix":
         rows = [row.parts for row in x.parts]
         return rows[0] if len(rows) == 1 else sum(rows, ()) if all(len(row) == 1 for row in rows) else ()
@@ -335,12 +495,13 @@ def members_of(x):
 
 def scalar(x):
     """The expression that x is or holds."""
-    require(kind(x) in ("", "unit", "base"), "a list, relation or the like inside a formula")
-    return scalar(x.parts[0]) if kind(x) else x
+    if kind(x) in ("unit", "base") or kind(x) == "tuple" and len(x.parts) == 1:  # [x]
+        return scalar(x.parts[0])
+    require(not kind(x), "a list, relation or the like inside a formula")
+    return x
 
 
-def times(x, y):
-    """A product; a number times a tuple, a matrix or a quantity goes into it."""
+def times(x, y):  # a product; a number times a tuple, a matrix or a quantity goes into it
     node, factor = (x, scalar(y)) if kind(x) else (y, x)
     if kind(node) in ("tuple", "matrix", "row", "unit"):
         require(len(factor.args) < 20, "a tuple or matrix times a long formula")
@@ -354,47 +515,87 @@ def negative(x):
     return times(number(-1), x)
 
 
+UNIT = re.compile(r"(?:(square|sq|cubic) )?(\S+)(?: (?:\^(-?\d)|(squared|cubed)))?(?: |$)")
+
+
+@functools.lru_cache(maxsize=4096)
+def read_words(note):
+    """The words behind a number as ((size, powers of base units) or None, the other words).
+
+    "miles per hour" is (0.44704, m 1 and s -1), "cm long" is (0.01, m 1) and "long".
+    """
+    size, powers, rest, sign = Fraction(1), collections.Counter(), [], 1
+    for before, word, power, behind in UNIT.findall(note):
+        if word in ("per", "/"):
+            sign = -1
+        elif rest or word not in UNIT_OF:
+            rest += [other for other in (before, word, behind) if other and other not in FILLERS]
+        else:
+            exponent = sign * int(power or POWER_WORDS.get(before) or POWER_WORDS.get(behind) or 1)
+            size *= UNIT_OF[word][0] ** exponent
+            powers.update({base: count * exponent for base, count in UNIT_OF[word][1].items()})
+    return (size, {base: n for base, n in powers.items() if n}) if powers else None, rest
+
+
+def quantity(x, words):
+    """x with words behind it: multiplied by "million", with a unit, with other words that change nothing."""
+    if kind(x) == "unit":
+        x, words = x.parts[0], x.note.split() + words
+    for word in MULTIPLIERS.keys() & words:
+        x = times(x, number(*MULTIPLIERS[word].as_integer_ratio()))
+    words = [word for word in words if word not in MULTIPLIERS]
+    unit, rest = read_words(" ".join(words))
+    plain = CHANGING.isdisjoint(rest if unit else words) and (unit or not is_name(x))
+    require(plain, "words behind a variable, or that change the meaning")
+    return Node("unit", (x,), " ".join(words)) if unit or rest else x
+
+
 class Parser:
     """Recursive descent; each method reads from token i on."""
-    KINDS = ("choice", "list", "row", "list", "relation", "", "ratio")  # and below the operators that make them
-    LEVELS = {joint: level for level, joints in enumerate((
-        ["choice"], ["newline"], ["&"], [",", "and", "or"], ["=", "<", ">", "<=", ">=", "!=", "~", "in", "notin", "->"],
-        ["cup", "cap", "setminus"], [":"])) for joint in joints}
+    RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in", "notin", "->")
+    LEVELS = {"choice": 0, "newline": 1, "&": 2, ",": 3, "and": 3, "or": 3, "mod": 4, "pmod": 4,
+              **dict.fromkeys(RELATIONS, 5), "cup": 6, "cap": 6, "setminus": 6, ":": 7}
+    LIST, CONGRUENCE, RELATION, SETS = 3, 4, 5, 6
+    KINDS = {0: "choice", 1: "list", 2: "row", 3: "list", 4: "congruence", 5: "relation", 7: "ratio"}
     CLOSERS = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "{{": ("}}",),
-               **{"begin" + row: ("end" + row,) for row in ROWS}}
+               **{"begin" + name: ("end" + name,) for name in ENVIRONMENTS}}
     APPLICATION = re.compile(r"\((?:\d+\)|\w\)=|[^()]*,[^()]*\))")
+    PROPER_FRACTION = re.compile(
+        r"(?P<brace>\{ )?frac (?:\{ (\d+) \}|(\d+)) (?:\{ (\d+) \}|(\d+))(?(brace) \})(?= |$)|(\d+) / (\d+)(?! /)")
+    DECIMAL = re.compile(r"[-+]?(\d*(?:\.(\d*))?)(?:[eE][-+]?\d+)?(?:\*10\^\{?-?\d+\}?)?")
 
     def __init__(self, tokens, budget):
-        self.tokens, self.budget = [*tokens, ("o", "the end"), ("o", "the end")], budget
+        self.tokens, self.budget = [*tokens, ("operator", "the end"), ("operator", "the end")], budget
         self.i, self.depth, self.radians = -1, 0, False  # radians: in sin and the like, where a degree is pi/180
         self.step()
 
-    def step(self):
-        self.i += 1
+    def step(self, count=1):
+        self.i += count
         self.kind, self.value = self.tokens[self.i]
-        self.level = self.LEVELS.get(self.value, -1) if self.kind == "o" else -1
-        self.starts = self.kind in ("n", "v", "c") or self.value in ("(", "{", "{{")  # a factor
+        self.level = self.LEVELS.get(self.value, -1) if self.kind == "operator" else -1
+        self.starts = self.kind in ("number", "variable", "command", "unknown") or self.value in ("(", "{", "{{")
 
-    def accept(self, *values):
-        """The operator or command here if it is one of these, stepped over; else None."""
+    def accept(self, *values):  # the operator or command here if it is one of these, stepped over; else None
         value = self.value
-        if value not in values or self.kind not in ("o", "c"):
+        if value not in values or self.kind not in ("operator", "command"):
             return None
         self.step()
         return value
 
-    def nested(self, rule, *closers):
-        """One level deeper: what a rule reads up to one of the closing tokens."""
+    def nested(self, rule, *closers):  # one level deeper: what a rule reads up to one of the closing tokens
         self.depth += 1
         require(self.depth <= MAX_DEPTH, "groups nested too deep")
         x = rule()
-        require(self.accept(*closers) or not closers, "unbalanced brackets, or something left over")
+        require(not closers or self.accept(*closers), "unbalanced brackets, or something left over")
         self.depth -= 1
         return x
 
     def signed(self, rule):
         sign, x = self.accept("-", "+"), rule()
         return negative(x) if sign == "-" else x
+
+    def operand(self, rule):
+        return scalar(self.nested(functools.partial(self.signed, rule)))
 
     def members(self, level=0):
         """Sums, and what operators of at least a level make of them: lists, relations, unions, ratios."""
@@ -403,45 +604,65 @@ class Parser:
             parts, joints = [x], []
             while self.level == found:
                 joints.append(self.accept(self.value))
-                while self.level == found == 3:  # ", and"
+                while self.level == found == self.LIST:  # ", and"
                     joints[-1] = self.accept(self.value)
-                parts.append(self.members(found + 1))
-            if len(set(joints)) > 1 and found == 5:
+                start, part = self.i, self.atom() if found == self.CONGRUENCE else self.members(found + 1)
+                parts.append(self.rounded(part, start) if joints[-1] == "~" else part)
+            if set(joints) <= {">", ">="}:
+                parts, joints = parts[::-1], ["<" + joint[1:] for joint in joints[::-1]]
+            note = "or" if "or" in joints else "and" if "and" in joints else joints[0]
+            note = " ".join(joints) if found == self.RELATION else note
+            if found == self.SETS and len(set(joints)) > 1:
                 require(len(joints) <= MAX_DEPTH, "too many unions and differences")
-                x = functools.reduce(lambda x, pair: Node(pair[0], (x, pair[1])), zip(joints, parts[1:]), x)
+                for joint, part in zip(joints, parts[1:]):
+                    x = Node(joint, (x, part))
             else:
-                if set(joints) <= {">", ">="}:
-                    parts, joints = parts[::-1], ["<" + joint[1:] for joint in joints[::-1]]
-                note = next((joint for joint in ("or", "and") if joint in joints), joints[0])
-                x = Node(self.KINDS[found] or note, tuple(parts), " ".join(joints) if found == 4 else note)
+                x = Node(self.KINDS.get(found, note), tuple(parts), note)
         return x
 
+    def rounded(self, x, start):
+        """What stands behind an approximation sign; a decimal is exact to half a unit in its last place."""
+        text, half = "".join([value for kind, value in self.tokens[start : self.i] if kind != "words"]), Fraction(0)
+        decimal, value = self.DECIMAL.fullmatch(text), x.parts[0] if kind(x) == "unit" else x
+        if decimal and not kind(value) and value.is_Rational and value.p:
+            half = abs(Fraction(value.p, value.q) / Fraction(decimal[1])) / 2 / 10 ** len(decimal[2] or "")
+        return Node("rounded", (x,), str(half))
+
     def sum(self):
+        """Terms with signs between them; and TeX's infix fractions, whose sides are all of the group."""
         terms = []
         while True:
             signs = [self.accept("+", "-"), self.accept("+", "-")]
             if terms and not any(signs):
-                return terms[0] if len(terms) == 1 else add(list(map(scalar, terms)), self.budget)
+                break
             term = self.product()
             terms.append(negative(term) if signs.count("-") == 1 else term)
+        x = terms[0] if len(terms) == 1 else add(list(map(scalar, terms)), self.budget)
+        if infix := self.accept("over", "choose"):
+            x = self.fraction(infix, x, self.nested(self.sum))
+        return x
+
+    def fraction(self, name, top, bottom):
+        if name in ("frac", "over"):
+            return times(top, inverse(scalar(bottom), self.budget))
+        return combinatorial("binom", [scalar(top), scalar(bottom)], self.budget)
 
     def product(self):
-        """Factors beside each other and with * and / between them; then perhaps a unit."""
+        """Factors beside each other and with * and / between them; then perhaps words, also in brackets: 5 (cm)."""
         start, factors = self.i, [self.factor()]
         while True:
-            value = self.value
+            value, bracketed = self.value, self.value == "(" and self.tokens[self.i + 1][0] == "words"
             if self.accept("*", "/"):
                 start, factor = self.i, self.signed(self.factor)
                 factors.append(inverse(scalar(factor), self.budget) if value == "/" else factor)
-            elif self.kind == "w":
-                self.step()
-                x = functools.reduce(times, factors)
-                plain = NEGATIONS.isdisjoint(value.split()) and not self.starts
-                require(plain and (value in UNITS or not is_name(x)), "words in a formula, or that change its meaning")
-                factors = [x if kind(x) in ("unit", "list") else Node("unit", (x,), value)]
+            elif self.kind == "words" or bracketed and self.tokens[self.i + 2][1] == ")":
+                words = self.tokens[self.i + bracketed][1].split()
+                self.step(3 if bracketed else 1)
+                require(not self.starts, "words in a formula")
+                factors = [quantity(functools.reduce(times, factors), words)]
             elif self.starts:
-                digits = self.kind == "n" and self.i == start + 1 and self.tokens[start][0] in ("n", "v")
-                require(not digits, "a number after a number")
+                after_a_name = self.i == start + 1 and self.tokens[start][0] in ("number", "variable")
+                require(self.kind != "number" or not after_a_name, "a number after a number")
                 start = self.i
                 factors.append(self.factor())
             else:
@@ -449,11 +670,18 @@ class Parser:
                 return multiply(*factors) if plain else functools.reduce(times, factors)
 
     def factor(self):
-        """An atom and the marks behind it."""
+        """An atom and the marks behind it. A proper fraction beside a whole number is added: 1 3/4 is 7/4."""
+        mixed = self.kind == "number" and self.value.isdigit() and self.tokens[self.i - 1][1] != "/"
         x = self.atom()
+        following = " ".join([value for _, value in self.tokens[self.i : self.i + 9]]) if mixed else ""
+        if fraction := self.PROPER_FRACTION.match(following):
+            top, bottom = [int(digits) for digits in fraction.groups()[1:] if digits]
+            if 0 < top < bottom:
+                self.step(fraction[0].count(" ") + 1)
+                x = number(x.p * bottom + top, bottom)
         while mark := self.accept("^", "°", "%", "!"):
             if mark == "^":
-                x = call("*", scalar(x)) if self.accept("*") else power(scalar(x), self.script(), self.budget)
+                x = call("*", scalar(x)) if self.accept("*") else power(scalar(x), self.operand(self.atom), self.budget)
                 require(self.value != "^", "a power of a power without braces")
             elif mark == "!":
                 x = combinatorial(mark, [scalar(x)], self.budget)
@@ -461,61 +689,78 @@ class Parser:
                 x = times(x, multiply(symbol("pi"), number(1, 180)) if mark == "°" and self.radians else symbol(mark))
         return x
 
-    def script(self):
-        return scalar(self.nested(functools.partial(self.signed, self.atom)))
-
     def atom(self):
         token, value = self.kind, self.value
         self.budget.spend()
+        if token in ("operator", "command") and value in self.CLOSERS:
+            return self.group(value)
+        require(token != "operator", "an operator without an operand")
         self.step()
-        if token in ("n", "v") or token == "c" and value not in self.CLOSERS:
-            return {"n": self.number, "v": self.name, "c": self.command}[token](value)
-        if token == "w" and not self.starts and self.value not in ("-", "["):
-            return symbol('"' + value)
-        if token == "w":  # prose
-            x = self.nested(functools.partial(self.signed, self.factor))
-            lone = is_name(x) and not self.starts and self.level < 4 and self.value not in ("+", "-", "*", "/")
-            require(NEGATIONS.isdisjoint(value.split()) and not lone, "words that change the meaning")
-            return x
-        require(value in self.CLOSERS, "an operator without an operand")
-        x = self.nested(self.members, *self.CLOSERS[value])
-        ends, several = value + self.tokens[self.i - 1][1], kind(x) == "list"
-        if value.startswith("begin"):
+        return getattr(self, token)(value)
+
+    def group(self, opener):
+        """Brackets and environments: an expression, a tuple, an interval, a set, a matrix, a list."""
+        self.step()
+        x = self.nested(self.members, *self.CLOSERS[opener])
+        ends, several = opener + self.tokens[self.i - 1][1], kind(x) == "list"
+        if opener.startswith("begin"):
             rows = x.parts if several and x.note == "newline" else (x,)
-            matrix = Node("matrix", tuple(row if kind(row) == "row" else Node("row", (row,)) for row in rows))
-            return matrix if value.endswith(("matrix", "array")) else x
-        if value == "{{" or value == "{" and several:
+            rows = tuple(row if kind(row) == "row" else Node("row", (row,)) for row in rows)
+            is_matrix = opener[5:] in MATRICES and not any(kind(x) == "relation" for row in rows for x in row.parts)
+            return Node("matrix", rows) if is_matrix else x
+        if opener == "{{" or opener == "{" and several:
             return Node("set", x.parts if several else (x,))
         if not several:
             require(ends in ("()", "[]", "{}"), "unbalanced brackets")
-            return Node("tuple", (x,)) if ends == "[]" and self.value != "^" else x
+            return Node("tuple", (x,)) if ends == "[]" and self.value != "^" and kind(x) != "matrix" else x
         return Node("tuple", x.parts) if ends == "()" or len(x.parts) != 2 else Node("interval", x.parts, ends)
+
+    def words(self, text):
+        """Words where a value is expected: a numeral, a label, a text, or neutral words before a value."""
+        words, before_value = text.replace("total of", "total").split(), self.starts or self.value in ("-", "[")
+        if words[0] in NUMERALS and not before_value:
+            return quantity(number(NUMERALS[words[0]]), words[1:])
+        names, i = [word for word in words if word not in FILLERS], self.i
+        while self.tokens[i][0] in ("words", "variable"):
+            names, i = names + self.tokens[i][1].split(), i + 1
+        is_label = self.tokens[i] == ("operator", "=") and CHANGING.isdisjoint(names)  # area of ABC = 5
+        if is_label or not before_value:
+            self.step(i - self.i if is_label else 0)
+            return symbol('"' + " ".join(names or words))
+        names = [word for word in words if word not in FILLERS and word not in CURRENCIES]
+        require(TITLES.issuperset(names), "words that may change the meaning")
+        x = self.nested(functools.partial(self.signed, self.factor))
+        return quantity(x, words[-1:]) if words[-1] in CURRENCIES else x
+
+    def unknown(self, name):
+        """A name or command that nobody defined: a function of arguments in brackets, or a label before =."""
+        begins = self.i == 1 or self.tokens[self.i - 2][1] in (",", "and", "or", "newline")
+        args = members_of(self.nested(self.members, ")")) if self.accept("(") else ()
+        is_label = begins and self.value in self.RELATIONS
+        require(is_label or args and name.startswith("@"), "%s is not supported" % name.lstrip("@"))
+        return call(name, *map(scalar, args)) if args else symbol(name)
 
     def number(self, text):
         """A numeral: 12, 0.5, 2e-3, 204_5; int raises ValueError where a digit is no digit of the base."""
         digits, _, base = text.partition("_")
         require(len(text) <= MAX_DIGITS, "a number of too many digits")
         if base:
-            base = int(base) if base.isdecimal() else int(NUMERALS.get(base, 0))
+            base = int(base) if base.isdecimal() else NUMERALS.get(base, 0)
             require(1 < base <= 36, "a bad base")
             return Node("base", (number(int(digits, base)),), digits)
         return number(int(digits)) if digits.isdigit() else number(*Fraction(digits).as_integer_ratio())
 
-    def name(self, name):
+    def variable(self, name):
         """A variable; before brackets perhaps a function: f(x), f(2), g(x, y) but not n(n+1)."""
-        ahead = "".join(token[1] for token in self.tokens[self.i:self.i + 14]) if self.value == "(" else ""
+        ahead = "".join([value for _, value in self.tokens[self.i : self.i + 14]]) if self.value == "(" else ""
         if not self.APPLICATION.match(ahead) and (not ahead or re.split("[_']", name)[0] not in set("fghFGH")):
             return symbol(name)
         self.step()
         return call(name, *map(scalar, members_of(self.nested(self.members, ")"))))
 
     def command(self, name):
-        require(name not in REFUSED, "\\%s is not supported" % name)
-        if name == "frac":
-            top = self.nested(self.atom)
-            return times(top, inverse(scalar(self.nested(self.atom)), self.budget))
-        if name == "binom":
-            return combinatorial(name, [scalar(self.nested(self.atom)), scalar(self.nested(self.atom))], self.budget)
+        if name in ("frac", "binom"):
+            return self.fraction(name, self.nested(self.atom), self.nested(self.atom))
         if name == "sqrt":
             degree = scalar(self.nested(self.members, "]")) if self.accept("[") else number(2)
             return power(scalar(self.nested(self.atom)), inverse(degree, self.budget), self.budget)
@@ -526,10 +771,9 @@ class Parser:
         return self.function(name)
 
     def function(self, name):
-        """A function with its power, its base and its argument."""
         exponent = base = None
         while mark := self.accept("^", "_"):
-            script = self.script()
+            script = self.operand(self.atom)
             exponent, base = (script, base) if mark == "^" else (exponent, script)
         if exponent == number(-1) and "arc" + name in FUNCTIONS:
             name, exponent = "arc" + name, None
@@ -542,16 +786,14 @@ class Parser:
         if name in ("log", "lg"):
             base = base or (symbol("log?") if name == "log" else number(10))
             x = multiply(call("ln", x), inverse(call("ln", base), budget))
-        elif name[-3:] in RECIPROCAL:  # sec x = 1 / cos x, arcsec x = arccos (1 / x)
-            other = name[:-3] + RECIPROCAL[name[-3:]]
-            x = call(other, inverse(x, budget)) if name[0] == "a" else inverse(call(other, x), budget)
+        elif name in RECIPROCAL:
+            x = inverse(call(RECIPROCAL[name], x), budget)
         else:
             x = power(symbol("e"), x, budget) if name == "exp" else call(name, *args)
         return x if exponent is None else power(x, exponent, budget)
 
-    def argument(self):
-        """Brackets, or factors before the next function, bracket or operator: sin 2x cos x."""
-        if self.value in self.CLOSERS:
+    def argument(self):  # brackets, or factors before the next function, bracket or operator: sin 2x cos x
+        if self.value in self.CLOSERS and self.starts:
             return self.atom()
         x = self.signed(self.factor)
         while self.starts and self.value not in NAMED and self.value not in self.CLOSERS:
@@ -559,15 +801,13 @@ class Parser:
         return x
 
 
-# 5. Values at a point
+# 7. Values at a point
 MARKS = {"°", "%", "log?"}  # symbols with two readings: 1 or pi/180, 1 or 1/100, base e or 10
 FIXED = MARKS | {"pi", "e", "i"}
-DEFINED = set("^ ln sin cos tan sinh cosh tanh arcsin arccos arctan abs floor ceil ! binom".split())
-RECIPROCAL = {"sec": "cos", "csc": "sin", "cot": "tan"}
+DEFINED = FUNCTIONS - {"sec", "csc", "cot", "log", "lg"} | {"^", "abs", "floor", "ceil", "!", "binom"}
 
 
-def walk(*xs):
-    """Every Node and expression in some, themselves included; not the names of Calls."""
+def walk(*xs):  # every Node and expression in some, themselves included; not the names of Calls
     stack = list(xs)
     while stack:
         x = stack.pop()
@@ -583,15 +823,16 @@ def symbols(*xs):
 
 class Point:
     """Sample point number trial, with a reading (0 or 1) of each mark.
+
     What keeps false zeros out: a sum counts as zero below 2**-300 of its largest term, and has no value if a term is
-    above 2**150 or too small beside another; a number has none beyond 180 bits, a function none of what is too extreme.
+    above 2**150 or too small beside another; a number has none beyond 180 bits, a function none of extreme arguments.
     """
+
     def __init__(self, budget, trial=0, mode="positive", real=False, readings=()):
         self.budget, self.trial, self.mode, self.real = budget, trial, mode, real
         self.readings, self.mp = dict(readings), engine()["mp"]
 
-    def magnitude(self, v):
-        """About log2 |v|, within the limit of all values."""
+    def magnitude(self, v):  # about log2 |v|, within the limit of all values
         m = self.mp.mag(v) if v else -MAX_MAGNITUDE
         require(m <= MAX_MAGNITUDE, "a value past the limits, or none")
         return int(m)
@@ -635,7 +876,7 @@ class Point:
         if name not in DEFINED:
             return self.variable("%s(%s)" % (name, ", ".join(mp.nstr(mp.mpc(arg), 30) for arg in args)))
         extreme = [arg for arg in args if arg and not -100 < self.magnitude(arg) < (6 if name == "tanh" else 60)]
-        require(name == "abs" or not extreme and (v or name != "ln"), "a function of zero, or of what is too extreme")
+        require(name == "abs" or not extreme and (v or name != "ln"), "a function of zero, or of an extreme argument")
         if name == "^":  # of negative numbers the odd roots are the real ones
             odd = isinstance(v, mp.mpf) and v < 0 and exponent.is_Rational and exponent.q % 2
             v = (-v) ** args[1] * (-1 if odd and exponent.p % 2 else 1) if odd else v ** args[1]
@@ -656,21 +897,26 @@ class Point:
         return v
 
 
-# 6. Equality by type
+# 8. Comparison
 EVERYTHING = [(-math.inf, False), (math.inf, False)]
 
 
-def is_name(x):
-    return x.is_Symbol and x.name not in FIXED  # a variable, or words
+def is_name(x):  # a variable, or words
+    return x.is_Symbol and x.name not in FIXED
 
 
 def is_label(x, simple=False):
-    """May x name a value, as in x = 5: x, f(2), sin A, (x, y); unless simple, m + n, AB and a : b, but not 2x?"""
+    """May x name a value, as in x = 5: x, f(2), sin A, (x, y)? Unless simple also AB, |AB|, AB/CD, a/(a+b), a : b.
+
+    A multiple is no label, and neither is a sum: 2x = 6 is not 6, and x + y = 6 is a line.
+    """
     if kind(x):
-        kinds = ("tuple",) if simple else ("tuple", "ratio")
-        return kind(x) in kinds and all(is_label(part, simple) for part in x.parts)
-    names_a_value = is_name(x) or x.is_Function and x.args[0].name not in DEFINED - TRIGONOMETRIC and bool(symbols(x))
-    return names_a_value or not simple and bool(symbols(x)) and not any(y.is_Rational for y in walk(x))
+        return kind(x) in (("tuple",) if simple else ("tuple", "ratio")) and all(is_label(y, simple) for y in x.parts)
+    if is_name(x) or x.is_Function and x.args[0].name not in DEFINED - TRIGONOMETRIC and symbols(x):
+        return True
+    if simple or x.is_Add or x.is_Pow or not symbols(x) or x.as_coeff_Mul()[0] != 1:
+        return False
+    return all(y.p in (-1, 1) and y.q == 1 for y in walk(x) if y.is_Rational)
 
 
 def unknown(x):
@@ -678,6 +924,13 @@ def unknown(x):
     sides = [side for relation in walk(x) if kind(relation) == "relation" for side in relation.parts]
     found = {side for side in sides if is_label(side, simple=True)} or set(map(symbol, symbols(x)))
     return found.pop() if len(found) == 1 else None
+
+
+def attempt(function, *args):  # (its result, "") or ([], why there is none)
+    try:
+        return function(*args), ""
+    except (ArithmeticError, ValueError, RecursionError) as error:
+        return [], str(error) or "refused"
 
 
 @dataclasses.dataclass
@@ -693,12 +946,11 @@ class Equality:
         if kinds == {""}:
             x = a if a.is_Rational and b.is_Rational else add([a, negative(b)], self.budget)
             return not x.is_Rational and self.holds(lambda v: not v, x)
-        if "unit" in kinds:  # optional, but 2 cm is not 2 m and 3 am is not 3 pm
-            (one, size), (two, other) = (UNITS.get(x.note if kind(x) == "unit" else "", ("", 1)) for x in (a, b))
-            ratio = Fraction(size) / other if one == two else Fraction(1)
-            a, b = (x.parts[0] if kind(x) == "unit" else x for x in (a, b))
-            a = a if ratio == 1 else times(number(*ratio.as_integer_ratio()), a)
-            return (ratio == 1 or one[0] != "clock") and self.equal(a, b)
+        if "unit" in kinds:
+            return self.same_quantity(a, b)
+        forms, other_forms = self.forms(a), self.forms(b)
+        if forms != [a] or other_forms != [b]:
+            return any(self.equal(x, y) for x in forms for y in other_forms)
         if self.same_reals(a, b):
             return True
         if kinds <= {"list", "set"}:
@@ -709,19 +961,63 @@ class Equality:
             return self.same_relation(a, b)
         if kinds == {"ratio"} and number(0) not in a.parts + b.parts:  # 1:2:3 and 2:4:6, but not the time 10:00
             a, b = (Node("ratio", tuple(times(x, y.parts[0]) for x in z.parts)) for y, z in ((a, b), (b, a)))
-        same = a.note == b.note or a.kind == "base"
+        same = a.note == b.note or a.kind in ("base", "congruence")
         return same and len(a.parts) == len(b.parts) and all(map(self.equal, a.parts, b.parts))
 
-    def views(self, x, other):
-        """What x may mean beside another kind of answer."""
+    def same_quantity(self, a, b):
+        """A unit or words on one side are optional, on both sides they must agree."""
+        x, y = (z.parts[0] if kind(z) == "unit" else z for z in (a, b))
+        if kind(a) == kind(b):
+            (unit, words), (other_unit, other_words) = read_words(a.note), read_words(b.note)
+            same = [word.removesuffix("s") for word in words] == [word.removesuffix("s") for word in other_words]
+            if words and other_words and not same or not (words and other_words or unit and other_unit):
+                return False
+            if unit and other_unit:
+                x = times(number(*(unit[0] / other_unit[0]).as_integer_ratio()), x)
+                return unit[1] == other_unit[1] and self.equal(x, y)
+        return self.equal(x, y)
+
+    def chain(self, relation):
+        """(labels, values) of an equation: what it names, and its last exact member, if all of them agree.
+
+        A decimal behind an approximation sign is a second value, if the exact one is rounded to its digits.
+        """
+        tail = list(relation.parts[-1].parts) if relation.note.endswith("~") else []
+        sides = relation.parts[:-1] if tail else relation.parts
+        labels, values = [x for x in sides if is_label(x)], [x for x in sides if not is_label(x)]
+        if not values and not tail and all(is_label(x, simple=True) for x in labels):  # y = x
+            labels, values = labels[:-1], labels[-1:]
+        require(set(relation.note[:-1]) <= {"=", " "} and relation.note[-1] in "=~", "no equation")
+        require(all(map(self.equal, values, values[1:])), "a chain whose members disagree")
+        if values and tail:
+            error = Point(self.budget).value(add([scalar(values[-1]), negative(scalar(tail[0]))], self.budget))
+            half = Fraction(relation.parts[-1].note)
+            require(abs(error) * half.denominator <= half.numerator and not symbols(*values), "not the rounded value")
+        return sorted(labels, key=lambda label: not is_label(label, simple=True)), values[-1:] + tail
+
+    def forms(self, x):
+        """What a chain of equations or an approximation stands for; [x] if x is none."""
+        if kind(x) != "relation" or x.note == "=" or not set(x.note) <= {"=", "~", " "}:
+            return list(x.parts) if kind(x) == "rounded" else [x]
+        labels, values = attempt(self.chain, x)[0] or ([], [])
+        if len(labels) > 1 and is_label(labels[1], simple=True):  # x = y = 5
+            return [x]
+        return [Node("relation", (labels[0], value), "=") if labels else value for value in values]
+
+    def views(self, x, other):  # what x may mean beside another kind of answer
         if kind(x) == "choice" or kind(x) == "set" and len(x.parts) == 1:
             return x.parts
         if kind(x) == "base" and x.note.isdigit():  # 52_8 and 52, where the question names the base
             return [number(int(x.note))]
         if kind(x) == "ratio" and len(x.parts) == 2:  # 1:2 and 1/2
             return [times(x.parts[0], inverse(scalar(x.parts[1]), self.budget))]
+        if kind(x) == "congruence" and x.note == "mod" and not any(map(kind, x.parts)):  # 7 mod 3 is 1
+            return [number(x.parts[0].p % x.parts[1].p)] if all(y.is_Integer and y.p > 0 for y in x.parts) else []
+        if kind(x) == "relation" and x.note != "in":
+            labels, values = attempt(self.chain, x)[0] or ([], [])
+            return values if all(is_label(y, simple=True) for y in labels) or not symbols(*values) else []
         if kind(x) == "relation":
-            return [x.parts[1]] if x.note == "in" else self.values(x)
+            return [x.parts[1]]
         return [Node("tuple", members_of(x))] if kind(x) in ("list", "matrix") and kind(other) == "tuple" else []
 
     def holds(self, test, *xs):
@@ -760,20 +1056,6 @@ class Equality:
             left.remove(found)
         return True
 
-    def values(self, relation):
-        """What an equation says the value is: its sides that are no labels, if they agree; after ~ a rounded one."""
-        sides, rounded = relation.parts, relation.note.endswith("~")
-        labels, values = [x for x in sides if is_label(x)], [x for x in sides if not is_label(x)]
-        simple = all(is_label(x, simple=True) for x in labels)
-        if not set(relation.note) <= set("=~ ") or "~" in relation.note[:-1]:
-            return []
-        if rounded and len(values) > 1:
-            v, w = (Point(self.budget).value(scalar(value)) for value in values[-2:])
-            return values if abs(v - w) * 150 < abs(w) and all(map(self.equal, values[:-1], values[1:-1])) else []
-        if not all(map(self.equal, values, values[1:])) or not simple and symbols(*values[-1:]):
-            return []
-        return values[-1:] or (sides[-1:] if simple else [])
-
     def same_relation(self, a, b):
         x, y = a.parts, b.parts
         if a.note != b.note or len(x) != len(y):
@@ -782,7 +1064,8 @@ class Equality:
             return True
         if a.note == "=" and is_label(x[0]) and is_label(y[0]) and self.equal(x[1], y[1]):
             names = {side.name.split("_")[0].lower() if is_name(side) else "" for side in (x[0], y[0])}
-            return len(names - {""}) == len(names) == 1 or names == {"", "y"} or any(name[:1] == '"' for name in names)
+            words = [name for name in names if name[:1] == '"']
+            return len(words) == 1 < len(names) or len(names) == 1 and names != {""} or names == {"", "y"}
         if len(x) != 2 or any(map(kind, x + y)) or not symbols(*x, *y):
             return False
         left, right = self.difference(a), self.difference(b)
@@ -798,22 +1081,20 @@ class Equality:
         return multiply(x, *(inverse(y, self.budget) for y in bottoms))
 
     def same_reals(self, a, b):
-        """Are both sets of reals, and the same?  Sets are sorted lists of cuts, the places where membership changes."""
+        """Are both sets of reals, and the same? Sets are sorted lists of cuts, the places where membership changes."""
         relations = [x for x in (a, b) if kind(x) == "relation"]
         if any(x.note in ("=", "~") for x in relations) or len(relations) == 2 and unknown(a) != unknown(b):
             return False
         cuts = attempt(self.reals, a)[0]
         return cuts != [] and cuts == attempt(self.reals, b)[0]
 
-    def cut(self, x, above):
-        """(an end in units of 2**-300, does the cut lie just above it?)"""
+    def cut(self, x, above):  # (an end in units of 2**-300, does the cut lie just above it?)
         if kind(x) == "infinity":  # (-oo, 0] is not [-oo, 0]
             return (math.inf, above) if x.note == "+" else (-math.inf, not above)
         require(not symbols(scalar(x)), "an end that is no number")
         return int(engine()["mp"].nint(Point(self.budget, real=True).value(scalar(x)) * 2**300)), above
 
-    def combine(self, joint, sets):
-        """Union, intersection or difference of sets of reals."""
+    def combine(self, joint, sets):  # union, intersection or difference of sets of reals
         found, outside = [], lambda inside: inside[0] and not any(inside[1:])
         belongs = {"cup": any, "or": any, "setminus": outside}.get(joint, all)
         for cut in sorted({cut for cuts in sets for cut in cuts}):
@@ -822,8 +1103,7 @@ class Equality:
                 found.append(cut)
         return found
 
-    def reals(self, x):
-        """The cuts of what is a set of reals."""
+    def reals(self, x):  # the cuts of what is a set of reals
         if kind(x) == "set":
             return self.combine("or", [[self.cut(part, False), self.cut(part, True)] for part in x.parts])
         if kind(x) == "interval" or kind(x) == "tuple" and len(x.parts) == 2:
@@ -863,53 +1143,63 @@ class Equality:
         return [EVERYTHING[0], self.cut(bound, closed)] if below else [self.cut(bound, not closed), EVERYTHING[1]]
 
 
-# 7. Verdicts, and the public functions
-PLAIN = re.compile(r"\s*([+-]?\d{1,400}(?:\.\d{1,400})?)(?:\s*/\s*0*([1-9]\d{0,400}))?\s*")
-GROUPED = re.compile(r"(?<![\w.,^(\[])(?<!\\\{)\d{1,3}(?:,\d{3})+(?![\d,)\]])")
+PLAIN_NUMBER = re.compile(r"\s*([+-]?\d{1,400}(?:\.\d{1,400})?)(?:\s*/\s*0*([1-9]\d{0,400}))?\s*")
+THOUSANDS = re.compile(r"(?<![\w.,^(\[])(?<!\\\{)\d{1,3}(?:,\d{3})+(?![\d,)\]])")
 MINUS = re.compile(r"(?<=\d)[eE]-(?=\d)")
-NO_WORDS = re.compile(r'\\(?:text\w*|mathrm|mbox)\s*\{([^{}]*)\}|[$"]|(?<!\w)(?:an?|the)(?!\w)')
-BOX = re.compile(r"\\++(?:boxed|fbox)(?![A-Za-z])\s*+(?:(\{)|([^\s${}\\]+)|)"  # possessive: a run of backslashes is
-                 r"|(?:\\\\)*+\\.|\\++|[{}]", re.DOTALL)  # read once and not again from each of its backslashes
+LAYOUT = re.compile(r'\\(?:text\w*|mathrm|mbox|operatorname)\s*\{([^{}]*)\}|[$"]')
 
 
 def variants(text):
     """The lists of tokens that a text may mean: 1,234 is a number or a list, 2e-3 a number or 2e - 3."""
     text = clean(text)
     choice = re.sub(r'^\(\s*"?([a-j])\s*\)$', lambda match: match[1].upper(), text)  # (c) is a choice or a variable
-    found = [GROUPED.sub(lambda match: match[0].replace(",", ""), text), text, MINUS.sub(" e-", text), choice]
+    found = [THOUSANDS.sub(lambda match: match[0].replace(",", ""), text), text, MINUS.sub(" e-", text), choice]
     lists = [tokenize(variant) for variant in dict.fromkeys(found)]
     if definition := re.match(r"\w(?:_\{-1\})?'*\s*\(\s*([a-z])\s*\)\s*=|\w_\{?([a-z])\}?\s*=", text):
         name = re.compile("^%s$|(?<=_)%s$" % ((definition[1] or definition[2],) * 2))
-        lists += [[(what, name.sub("#", value)) for what, value in tokens] for tokens in lists]  # f(x) is f(#)
+        lists += [[(kind, name.sub("#", value)) for kind, value in tokens] for tokens in lists]  # f(x) is f(#)
     return lists
 
 
 def meanings(tokens, budget):
     """The readings of tokens: one, or with +- a list for signs that agree and one for signs that each go their way."""
-    places, branches = [i for i, token in enumerate(tokens) if token in (("o", "pm"), ("o", "mp"))], []
+    places = [i for i, token in enumerate(tokens) if token in (("operator", "pm"), ("operator", "mp"))]
     require(len(places) <= MAX_SIGNS, "more than %d plus-minus signs" % MAX_SIGNS)
+    branches, lists = [], []
     for choice in itertools.product((("+", "-"), ("-", "+")), repeat=len(places)):
-        signs = {i: ("o", sign[tokens[i][1] == "mp"]) for i, sign in zip(places, choice)}
+        signs = {i: ("operator", sign[tokens[i][1] == "mp"]) for i, sign in zip(places, choice)}
         parser = Parser([signs.get(i, token) for i, token in enumerate(tokens)], budget)
         branches.append(parser.nested(parser.members, "the end"))
-    lists = []
-    for nodes in ([branches[0], branches[-1]], branches)[:len(places)]:
+    for nodes in ([branches[0], branches[-1]], branches)[: len(places)]:
         members = dict.fromkeys(part for x in nodes for part in (x.parts if kind(x) in ("list", "set") else [x]))
         lists.append(Node("list", tuple(members), "or") if len(members) > 1 else nodes[0])
     return lists or branches
 
 
-def attempt(function, *args):
-    """(its result, "") or ([], why there is none)."""
-    try:
-        return function(*args), ""
-    except (ArithmeticError, ValueError, RecursionError) as error:
-        return [], str(error) or "refused"
+def same_text(texts, readable):
+    """Are two texts the same, without case, layout, articles and full stop?
+
+    Readable ones only if they are names with commas, "and" or "or" between, of which one is in \\text or the like:
+    \\text{A and Bob} and Bob, A; without it ab and BA are products.
+    """
+    plain = [LAYOUT.sub(r" \1 ", text.lower()).strip(" .") for text in texts]
+    if not readable:
+        words = [re.findall(r"(?!(?:an?|the)(?!\w))[^\W_]+|[^\w\s]", text) for text in plain]
+        return words[0] == words[1] != []
+    names = [sorted(filter(None, re.split(r"\s*(?:[,;]|\band\b|\bor\b)\s*", text))) for text in plain]
+    return names[0] == names[1] != [] and any(re.search(r"\\(?:text|mbox|mathrm)", text) for text in texts) and all(
+        re.fullmatch(r"[^\W\d_]+(?:\s[^\W\d_]+)*", name) for name in names[0])
 
 
 def verdict(prediction, gold):
     """(equal?, why, {text: its readings})."""
     texts = sorted((prediction, gold))  # so that the verdict is symmetric
+    plain = [PLAIN_NUMBER.fullmatch(text) for text in texts]
+    if all(plain):
+        values = [Fraction(match[1]) / int(match[2] or 1) for match in plain]
+        return values[0] == values[1], "plain numbers", {}
+    if texts[0].strip() == texts[1].strip():
+        return texts[0].strip() != "", "the same text", {}
     if len(max(texts, key=len)) > MAX_CHARS:
         return False, "more than %d characters" % MAX_CHARS, {}
     found = [attempt(variants, text) for text in texts]
@@ -921,83 +1211,131 @@ def verdict(prediction, gold):
         results = [attempt(meanings, tokens, budget) for tokens in lists]
         readings[text] = [node for nodes, _ in results for node in nodes]
         reasons += [why for _, why in results if not readings[text]]
-    if not any(readings.values()):
-        words = [re.findall(r"[^\W_]+|[^\w\s]", NO_WORDS.sub(r" \1 ", text.lower()).rstrip(". ")) for text in texts]
-        return words[0] == words[1] != [], "compared as words (%s)" % " ".join(reasons), readings
     for x, y in itertools.product(*readings.values()):
         equal, why = attempt(Equality(budget).equal, x, y)
         if equal:
             return True, "equal values", readings
         reasons.append(why)
+    if same_text(texts, any(readings.values())):
+        return True, "the same words", readings
     return False, " ".join(filter(None, reasons)) or "different values", readings
 
 
-def extract_answer(text, open_thought_counts=False):
-    """str -> the content of its last complete \\boxed{...}, \\fbox{...} or \\boxed 5; None if missing or empty."""
-    thought = text.rfind("<think>")
-    if not open_thought_counts and thought > text.rfind("</think>"):
-        text = text[:thought]
+# 9. Public functions
+BOX = re.compile(r"\\++(?:boxed|fbox)(?![A-Za-z])\s*+(?:(\{)|([+-]?\d[\d.,/]*+)|)"  # possessive: a run of backslashes
+                 r"|(?:\\\\)*+\\.|\\++|[{}]", re.DOTALL)  # is read once, and not again from each of its backslashes
+NO_CONTENT = re.compile(r"(?:\s|~|\$|\\[ ,;:!]|\\q?quad\b|\.\.\.|…|\\[lc]?dots\b|\{\s*\}|\\text\s*\{\s*\})*+")
+
+
+def extract_answer(response, open_thought_counts=False):
+    r"""The final answer of a response: the content of its last \boxed{...} or \fbox{...} that has content, or None.
+
+    A number may stand without braces (\boxed 5). Empty boxes and mentions of \boxed are passed over, and so, by
+    default, is a thought that never ends, one whose <think> has no </think> behind it.
+
+    response: str, all that the model wrote, with or without the prefill "<think>\n".
+    open_thought_counts: also read the boxes in a thought that never ends.
+    Raises TypeError if response is not a str.
+    """
+    if not isinstance(response, str):
+        raise TypeError("expected the response as a str, found %s" % type(response).__name__)
+    thought = response.rfind("<think>")
+    if thought > response.rfind("</think>") and not open_thought_counts:
+        response = response[:thought]
     answer, opened = None, []  # opened: for each open brace, where the content of its box starts
-    for match in BOX.finditer(text):
+    for match in BOX.finditer(response):
+        content = match[2] and match[2].rstrip(".,/")
         if match[1] or match[0] == "{":
             opened.append(match.end() if match[1] else None)
-        elif match[2]:
-            answer = match[2]
-        elif match[0] == "}" and opened:
-            start = opened.pop()
-            answer = answer if start is None else text[start:match.start()]
-    return answer and answer.strip() or None
+        elif match[0] == "}" and opened and (start := opened.pop()) is not None:
+            content = response[start : match.start()]
+        if content is not None and not NO_CONTENT.fullmatch(content):
+            answer = content.strip()
+    return answer
 
 
 def answers_match(prediction, gold):
-    """Are two bare answers (str, no box around them) equal?  Symmetric; raises only ImportError, without sympy."""
-    plain = [PLAIN.fullmatch(text) for text in (prediction, gold)]
-    if not all(plain):
-        return verdict(prediction, gold)[0]
-    return len({Fraction(match[1]) / int(match[2] or 1) for match in plain}) == 1
+    """Is a bare answer (no box around it) equal to the gold answer? Symmetric in two texts.
+
+    prediction: str, or None for no answer, which equals nothing.
+    gold: str, int or float, or a list of these of which any will do.
+    Raises TypeError if they are something else, and ImportError without sympy, unless both are plain numbers.
+    """
+    golds = gold if isinstance(gold, list) else [gold]
+    for answer in golds:
+        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+            raise TypeError("expected gold as a str, int, float or a list of these, found %s" % type(answer).__name__)
+    if not isinstance(prediction, (str, type(None))):
+        raise TypeError("expected the prediction as a str or None, found %s" % type(prediction).__name__)
+    return prediction is not None and any(verdict(prediction, str(answer))[0] for answer in golds)
 
 
-def is_correct(response, gold):
-    """Does the last box of a response (str) equal gold, a str or a list of which any will do?  Raises as above."""
-    answer, golds = extract_answer(response), [gold] if isinstance(gold, str) else gold
-    return answer is not None and any(answers_match(answer, g) for g in golds)
+def is_correct(response, gold, open_thought_counts=False):
+    """Does the last box of a response (str, or None for none) equal the gold answer?
+
+    gold: as in answers_match. open_thought_counts: as in extract_answer. Raises what answers_match raises, whether or
+    not there is a box.
+    """
+    return answers_match(None if response is None else extract_answer(response, open_thought_counts), gold)
+
+
+def accuracy_reward(completions, answer, **_):
+    """A reward function for TRL: GRPOTrainer(model, reward_funcs=accuracy_reward, train_dataset=...).
+
+    completions: list of str, or of conversations, whose last message is read. answer: the data set's column of gold
+    answers, one for each completion. Returns a list of floats, 1.0 where the last box is correct, else 0.0.
+    Raises TypeError as is_correct, and ValueError if completions and gold answers differ in number.
+    """
+    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    return [float(is_correct(text, gold)) for text, gold in zip(texts, answer, strict=True)]
 
 
 def explain(prediction, gold):
-    """How each of two bare answers was read and why the verdict is what it is, as three lines.  Raises as above."""
+    """How each of two bare answers (str) was read and why the verdict is what it is, as three lines.
+
+    Raises ImportError without sympy, unless both are plain numbers.
+    """
     equal, why, readings = verdict(prediction, gold)
     sides = ["%s: %s" % (side, " or ".join(map(show, readings.get(text, ()))) or text[:1000])
              for side, text in (("prediction", prediction), ("gold", gold))]
     return "\n".join([*sides, "%s: %s" % ("equal" if equal else "not equal", why)])
 
 
-def show(x):
-    """As text: 1/3, x, Add(x, 1), Call(sin, x), interval [)(0, 1)."""
-    if not kind(x) and not x.args:
-        huge = x.is_Rational and x.p.bit_length() + x.q.bit_length() > 200
-        return "a huge number" if huge else x.name if x.is_Symbol else "%d/%d" % (x.p, x.q) if x.q > 1 else str(x.p)
-    name, parts = ((x.kind + " " + x.note).strip(), x.parts) if kind(x) else (type(x).__name__, x.args)
-    return "%s(%s)" % (name, ", ".join(map(show, parts)))
+def show(x):  # as text: 1/3, x, Add(x, 1), Call(sin, x), interval [)(0, 1)
+    if kind(x) or x.args:
+        name, parts = ((x.kind + " " + x.note).strip(), x.parts) if kind(x) else (type(x).__name__, x.args)
+        return "%s(%s)" % (name, ", ".join(map(show, parts)))
+    return "a huge number" if x.is_Rational and x.p.bit_length() + x.q.bit_length() > 200 else str(x)
 
 
 def main(arguments):
-    """PREDICTION GOLD, or --file ROWS.jsonl; read by hand, since an answer may well start with a minus sign."""
+    """The exit status of a command line, read by hand, since an answer may well start with a minus sign."""
     if len(arguments) != 2:
-        sys.exit("error: expected PREDICTION GOLD, or --file ROWS.jsonl")
+        asked = arguments in (["--help"], ["-h"])
+        usage = __doc__ if asked else "error: expected PREDICTION GOLD, --file ROWS.jsonl or --help"
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     if arguments[0] != "--file":
-        return print(explain(*arguments))
-    verdicts = []
-    try:
-        for line in open(arguments[1], encoding="utf-8"):
+        explanation = explain(*arguments)
+        print(explanation)
+        return 0 if "\nequal: " in explanation else 1
+    verdicts, unread = [], 0
+    for n, line in enumerate(open(arguments[1], encoding="utf-8"), 1):
+        try:
             row = json.loads(line)
             answer = extract_answer(row["response"]) if "response" in row else row["prediction"]
-            golds = [row["gold"]] if isinstance(row["gold"], str) else row["gold"]
-            verdicts.append(answer is not None and any(answers_match(answer, gold) for gold in golds))
-            print(json.dumps({"line": len(verdicts), "correct": verdicts[-1]}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        sys.exit("error: %s, line %d: %r" % (arguments[1], len(verdicts) + 1, error))
-    print("%d of %d correct" % (sum(verdicts), len(verdicts)))
+            verdicts.append(answers_match(answer, row["gold"]))
+            print(json.dumps({"line": n, "correct": verdicts[-1]}))
+        except (ValueError, KeyError, TypeError) as error:
+            unread += 1
+            print("error: %s, line %d: %r" % (arguments[1], n, error), file=sys.stderr)
+    print("%d of %d correct, %d not read" % (sum(verdicts), len(verdicts), unread))
+    return 2 if unread else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (OSError, UnicodeDecodeError) as error:
+        print("error: %s" % error, file=sys.stderr)
+        sys.exit(2)

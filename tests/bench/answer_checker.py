@@ -1,6 +1,7 @@
 """Accuracy and throughput of redi/answer_checker.py and of Math-Verify on the same rows.
 
     python tests/bench/answer_checker.py ../shared/data/answers/labelled.jsonl     (needs math-verify 0.9.0)
+    python tests/bench/answer_checker.py ../shared/data/answers/public.jsonl       (pairs aimed at weak spots)
     python tests/bench/answer_checker.py ../shared/data/answers/labelled.jsonl --fuzz 200000
 
 Rows: "gold", "pred", "label", "kind", "pred_is_text" (true: pred is the end of a response with a box). Cold: the first
@@ -29,7 +30,7 @@ from redi import answer_checker  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path, help="labelled.jsonl")
+    parser.add_argument("rows", type=Path, help="labelled.jsonl or public.jsonl")
     parser.add_argument("--repeats", type=int, default=1, help="warm passes over the rows (default: 1)")
     parser.add_argument("--fuzz", type=int, default=0, help="random pairs to judge instead (default: 0, none)")
     parser.add_argument("--seed", type=int, default=0, help="of the random pairs (default: 0)")
