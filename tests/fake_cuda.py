@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-KNOWN = ("2.11", "2.13")  # versions of torch whose insides are as `pretend` takes them to be
+KNOWN = ("2.11", "2.13", "2.14")  # versions of torch whose insides are as `pretend` takes them to be
 
 
 def why_not() -> str | None:
