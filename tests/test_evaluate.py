@@ -337,18 +337,6 @@ def test_samples_of_other_code_are_refused_by_the_file_that_changed(model, probl
         run(model, problems, tmp_path / "out", "--keep-samples")
 
 
-def test_the_code_of_samples_is_keyed_without_comments(tmp_path):
-    """Every file of SAMPLING_CODE exists, and those beside them that a sample depends on are among them."""
-    for name in evaluate.SAMPLING_CODE:
-        assert (ROOT / name).is_file(), name
-    copy = tmp_path / "sampling.py"
-    text = (ROOT / "redi/evaluation/sampling.py").read_text()
-    copy.write_text("# a comment\n" + text)
-    assert evaluate.code_digest(copy) == evaluate.code_digest(ROOT / "redi/evaluation/sampling.py")
-    copy.write_text(text.replace("2.0**-48", "2.0**-47"))
-    assert evaluate.code_digest(copy) != evaluate.code_digest(ROOT / "redi/evaluation/sampling.py")
-
-
 def test_models_with_one_directory_name_and_several_benchmarks(model, problems, tmp_path):
     other = tmp_path / "sft" / "final"
     toy.write_model(other, seed=1)
