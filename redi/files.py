@@ -160,7 +160,7 @@ def new_directory(output: str | Path, overwrite: bool, names: Collection[str]) -
     names: the files that the block writes, which `overwrite` may replace. Raises ValueError where output holds
     anything else.
     """
-    output = Path(output).absolute()
+    output = Path(output).resolve()  # of a link, what it points to
     _check_replaceable(output, overwrite, names)
     for leftover in output.parent.glob(f"{output.name}.partial-*"):  # of a run that was killed
         remove(leftover)
@@ -192,11 +192,11 @@ def replace_directory(new: Path, path: Path) -> None:
     old = path.with_name(f"{path.name}.replaced")
     remove(old)
     try:
-        if path.exists():
+        if os.path.lexists(path):
             path.rename(old)
         new.rename(path)
     except BaseException:
-        if old.exists() and not path.exists():
+        if os.path.lexists(old) and not path.exists():
             old.rename(path)
         raise
     fsync(path.parent)
@@ -227,7 +227,7 @@ def lock_directory(directory: Path) -> str:
     Raises ValueError naming process id and host of an owner that stays for ten seconds; the workers of a killed
     torchrun take a moment to end.
     """
-    path = directory / LOCK
+    path = directory.absolute() / LOCK
     if path in _locks and path.exists():
         return path.read_text()
     handle, deadline = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + 10

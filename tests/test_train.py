@@ -573,6 +573,8 @@ def test_links_in_place_of_an_output_or_of_checkpoints(place, tmp_path):
     assert same_run(place / "one" / "redi", run)
     shutil.move(run / "step-000006", moved / "step-000006")
     (run / "step-000006").symlink_to(moved / "step-000006")
+    shutil.rmtree(run / "final")
+    (run / "final").symlink_to(tmp_path / "absent")
     train.main(arguments(place, "redi", run, overwrite=True, save_every=0))
     assert same_run(place / "one" / "redi", run) and not checkpoint.checkpoints(run)
     assert len(list(moved.glob("*/training_state"))) == 3  # what the links pointed to is the user's
@@ -646,21 +648,51 @@ def test_sigterm_to_torchrun_saves_and_one_process_goes_on(place, long_run, tmp_
     torch.testing.assert_close(column(tmp_path / "run", "loss")[:8], column(long_run, "loss")[:8], atol=5e-6, rtol=0)
 
 
+def agents(place, rendezvous: str, *words) -> list[subprocess.Popen]:
+    """Two torchruns of one process each, as on two machines."""
+    port = str(tiny.free_port())
+    started = []
+    for node in "01":
+        how = ["--node-rank", node, "--master-addr", "127.0.0.1", "--master-port", port]
+        if rendezvous == "c10d":
+            how = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+                   "--max-restarts", "3", *how, str(ROOT / "train.py"), *words]
+        with open(place / f"log-{node}", "w") as log:
+            started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment(), cwd=place))
+    return started
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 @pytest.mark.slow
-def test_a_killed_worker_of_two_is_restarted_by_torchrun_and_nothing_changes(place, tmp_path):
+@pytest.mark.parametrize("rendezvous", ["c10d", "static"])
+def test_a_killed_worker_is_restarted_by_torchrun_and_nothing_changes(place, tmp_path, rendezvous):
     whole = torchrun(2, ROOT / "train.py", *arguments(place, "redi", tmp_path / "whole", **LONG))
     assert whole.returncode == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
-               "--master-port", str(tiny.free_port()), str(ROOT / "train.py"),
-               *arguments(place, "redi", tmp_path / "run", **LONG)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 10, process)
-    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    os.kill(workers[-1], signal.SIGKILL)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err[-3000:]
-    assert out.count("from step 0") == 1 and re.search("from step (7|14|21|28|35)", out)
+    both = agents(tmp_path, rendezvous, *arguments(place, "redi", tmp_path / "run", overwrite=True, **LONG))
+    for lines, victim in ((10, 0), (25, 1)):
+        wait_for_lines(tmp_path / "run" / "metrics.jsonl", lines, both[0])
+        os.kill(children(both[victim])[0], signal.SIGKILL)
+    assert [process.wait(200) for process in both] == [0, 0], (tmp_path / "log-0").read_text()[-3000:]
+    out = (tmp_path / "log-0").read_text()
+    assert out.count("from step 0") == 1 and len(re.findall("from step (?:7|14|21|28|35)", out)) == 2
     assert same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_a_torchrun_that_is_killed_while_they_import_torch(place, tmp_path):
+    agent, other = agents(tmp_path, "c10d", *arguments(place, "redi", tmp_path / "run"))
+    while not (workers := children(agent)):
+        time.sleep(0.01)
+    time.sleep(0.2)
+    agent.kill(), other.kill()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 # Faults

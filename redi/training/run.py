@@ -12,6 +12,7 @@ train.py calls, in this order and on every rank:
 import argparse
 import contextlib
 import math
+import os
 import resource
 import signal
 import sys
@@ -94,7 +95,7 @@ class Run:
     def _files(self) -> list[Path]:
         """What a run has left in the output directory."""
         named = [self.output / name for name in ("run.json", "metrics.jsonl", "tensorboard", "best", "final")]
-        return [path for path in named if path.exists()] + checkpoint.checkpoints(self.output)
+        return [path for path in named if os.path.lexists(path)] + checkpoint.checkpoints(self.output)
 
     def _read_record(self) -> dict:
         """run.json: {"settings": as text by name, "model_digest", "data_digest", "eval_data_digest"}. The last two are
@@ -268,9 +269,7 @@ class Run:
     def _save_checkpoint(self) -> None:
         """Write a checkpoint and delete the oldest. If it cannot be written, warn and continue training."""
         try:
-            checkpoint.save_checkpoint(
-                self.output, self.model, self.optimizer, self.tokenizer, self.state, self.dtype
-            )
+            checkpoint.save_checkpoint(self.output, self.model, self.optimizer, self.tokenizer, self.state, self.dtype)
         except OSError as error:
             return print_rank0(f"warning: the checkpoint of step {self.state['step']} is not saved: {error}")
         if distributed.rank() == 0 and self.args.keep_checkpoints:

@@ -168,8 +168,13 @@ def start(root: Path, job: str, place: Path) -> subprocess.Popen:
     script, *words = JOBS[job].split()
     with open(place / "err", "w") as errors, open(place / "out.txt", "w") as output:
         return subprocess.Popen([sys.executable, root / script, *words, "--output", "out"], cwd=place,
-                                stdout=output, stderr=errors, start_new_session=True,
+                                stdout=output, stderr=errors, start_new_session=True, preexec_fn=restore_signals,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def restore_signals() -> None:
+    """A shell starts background jobs with SIGINT ignored, which the commands would respect."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_handlers(process: subprocess.Popen) -> None:
