@@ -368,6 +368,7 @@ def test_a_cut_off_thought_is_never_chosen(tmp_path, text):
 def test_a_generation_that_reached_a_limit_is_never_chosen(tmp_path, reason):
     generations = [solution(2, "cut"), solution(2), solution(7)]
     rows = [trace_row(generations=generations, finish_reasons=[reason, "stop", None])]
+    rows.append(trace_row(problem="2?", generations=[solution(2)], finish_reason=reason))
     assert selected(tmp_path, rows)[:2] == ([solution(2)], [(solution(2), solution(7))])
 
 
@@ -673,7 +674,9 @@ def test_inputs_that_are_not_there(tmp_path):
     result = run_command("openr1", "--input", "nobody/nothing", "--output", out, HF_HOME=str(tmp_path / "hf"))
     assert_refused(result, out, "nobody/nothing: no such directory, and the Hugging Face hub gave no dataset")
     (tmp_path / "empty").mkdir()
-    assert_raises("openr1", "--input", tmp_path / "empty", "--output", out, parts=["no .parquet or .jsonl"])
+    (tmp_path / "empty" / "rows.csv.gz").touch()
+    assert_raises("openr1", "--input", tmp_path / "empty", "--output", out,
+                  parts=["no .parquet or .jsonl", "rows.csv.gz"])  # fmt: skip
     (tmp_path / "rows.csv").write_text("a,b")
     assert_raises("openr1", "--input", tmp_path / "rows.csv", "--output", out, parts=["expected a .parquet"])
     rows = write_rows(tmp_path / "rows.jsonl", [openr1_row()])

@@ -43,7 +43,7 @@ def input_files(path_or_hub_id: str) -> dict[str, Path]:
         return {str(path): path}
     files, others = find_files(path, training_files)
     if not files:
-        raise ValueError(f"{path}: no .parquet or .jsonl file in it")
+        raise ValueError(f"{path}: no .parquet or .jsonl file in it (found {', '.join(others[:5]) or 'no files'})")
     if others := [name for name in others if not name.endswith(".md")]:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         print(f"{path}: reads {', '.join(files)}; passes over {', '.join(others[:5])}{more}", file=sys.stderr)

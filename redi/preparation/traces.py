@@ -100,7 +100,7 @@ def own_verdicts(
 def final_answers(row: dict, open_thought_counts: bool, read_unboxed: bool) -> tuple[list[str | None], list[str]]:
     """The final answer of every generation (None: none that can be read, or the generation reached a limit), and the
     keys of UNBOXED_ANSWERS by which answers were read. Raises ValueError for invalid `finish_reasons`."""
-    reasons = row.get("finish_reasons") or [None] * len(row["generations"])
+    reasons = row.get("finish_reasons") or [row.get("finish_reason")] * len(row["generations"])
     if not isinstance(reasons, list) or len(reasons) != len(row["generations"]):
         raise ValueError(f"'finish_reasons' must be a list with one entry for each generation, found "
                          f"{str(reasons)[:80]}")
