@@ -86,7 +86,7 @@ def test_a_new_objective_as_readme_adds_it(copy):
         shutil.rmtree(copy / "cut" / name)
     again = f"ln-dpo --output cut {settings} --resume"
     refused, resumed = train(copy, f"{again} --beta 1", again)
-    assert "was begun with --beta 2.0, not 1.0; a resumed run keeps its settings" in refused
+    assert "--beta 2.0" in refused and "not 1.0" in refused
     assert "from step 2" in resumed and "error: " not in resumed
     final = "final/model.safetensors"
     assert (copy / "cut" / final).read_bytes() == (copy / "whole" / final).read_bytes()
