@@ -132,8 +132,8 @@ def test_reasoning_beside_the_content_is_trained_on(tmp_path, form):
     settings = TokenSettings("chosen" in row, 999, 999, 999)
     [(_, [prompt, *completions])] = encode_rows(write(tmp_path / "p.jsonl", row), tokenizer, settings)
     texts = [tokenizer.decode(ids) for ids in completions]
-    expected = {"chosen": ["<think>\n2 and 2\n</think>\n\n4", "4"], "rejected": ["4", "<think>\n2 and 2\n</think>\n\n4"]}
-    assert texts == expected.get(form, ["<think>\n2 and 2\n</think>\n\n4"])
+    thought = "<think>\n2 and 2\n</think>\n\n4"
+    assert texts == {"chosen": [thought, "4"], "rejected": ["4", thought]}.get(form, [thought])
     prefilled = tokenizer.encode_prompt(Q, prefill="<think>\n")
     assert (prompt + max(completions, key=len))[: len(prefilled)] == prefilled
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -195,7 +196,7 @@ def test_chatml_without_its_tokens_is_refused_for_conversations_only(tmp_path, l
 def test_named_templates_without_a_default_are_refused_by_name(tmp_path):
     named = [{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "y"}]
     for value in (named, {"tool_use": "x", "rag": "y"}, [], [{"name": "default", "template": None}, *named]):
-        with pytest.raises(ValueError, match="tokenizer_config.json: named chat templates .*none is 'default'") as error:
+        with pytest.raises(ValueError, match="tokenizer_config.json: .*none is 'default'") as error:
             Tokenizer.from_pretrained(write_tokenizer(tmp_path, value))
         assert not value or "'tool_use', 'rag'" in str(error.value)
     directory = write_tokenizer(tmp_path)
@@ -207,7 +208,7 @@ def test_named_templates_without_a_default_are_refused_by_name(tmp_path):
     assert Tokenizer.from_pretrained(directory).chat_template == QWEN_TEMPLATE
 
 
-PHI_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}{{ eos_token }}"
+PHI_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role + m.content }}<|im_end|>\n{% endfor %}{{ eos_token }}"
 
 
 @pytest.mark.parametrize("template", [None, QWEN_TEMPLATE, PHI_TEMPLATE])
@@ -249,21 +250,20 @@ def template_that_opens(thought: str) -> str:
 
 
 @pytest.mark.parametrize("opened", ["<think>", r"<think>\n", r"<think>\n\n", "<think> "])
-@pytest.mark.parametrize("prefill", [THINK, "<think>", "", "<think>\nOkay"])
-@pytest.mark.parametrize("response", ["<think>\nOkay.\n</think>\n\n2", "<think>Okay.</think>2", "\n<think>\nOkay",
-                                      "Okay.\n</think>\n\n2"])
-def test_a_thought_is_opened_once_in_training_and_evaluation(tmp_path, opened, prefill, response):
+def test_a_thought_is_opened_once_in_training_and_evaluation(tmp_path, opened):
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template_that_opens(opened)))
     messages = [user_message("1 + 1?")]
     prompt_text = tokenizer.render_prompt(messages)
-    [completion] = tokenizer.encode_completions([response], prefill, [prompt_text])
-    trained = tokenizer.encode(prompt_text) + completion
-    text = tokenizer.decode(trained, skip_special_tokens=False)
-    assert text.startswith(prompt_text) and text.count("<think>") == 1 and text.endswith(response[-4:])
-    evaluated = tokenizer.encode_prompt(messages, prefill=prefill)
-    assert tokenizer.decode(evaluated, skip_special_tokens=False).count("<think>") == 1
-    if response.startswith(prefill):
-        assert trained[: len(evaluated)] == evaluated
+    responses = "<think>\nOkay.\n</think>\n\n2", "<think>Okay.</think>2", "\n<think>\nOkay", "Okay.\n</think>\n\n2"
+    for prefill, response in itertools.product([THINK, "<think>", "", "<think>\nOkay"], responses):
+        [completion] = tokenizer.encode_completions([response], prefill, [prompt_text])
+        trained = tokenizer.encode(prompt_text) + completion
+        evaluated = tokenizer.encode_prompt(messages, prefill=prefill)
+        text = tokenizer.decode(trained, skip_special_tokens=False)
+        assert text.startswith(prompt_text) and text.count("<think>") == 1 and text.endswith(response[-4:])
+        assert tokenizer.decode(evaluated, skip_special_tokens=False).count("<think>") == 1
+        if response.startswith(prefill):
+            assert trained[: len(evaluated)] == evaluated
 
 
 def test_another_tag_that_the_prefill_opens_and_the_prompt_too(tmp_path):
@@ -280,12 +280,12 @@ def test_a_thought_behind_an_empty_one_is_refused_with_the_flag_that_helps(tmp_p
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template_that_opens(empty)))
     messages = [user_message("1 + 1?")]
     prompt_text = tokenizer.render_prompt(messages)
-    with pytest.raises(ValueError, match="empty thought.*--prefill ''"):
-        tokenizer.encode_prompt(messages, prefill=THINK)
-    for prefill in (THINK, ""):
+    for encode in (lambda: tokenizer.encode_prompt(messages, prefill=THINK),
+                   lambda: tokenizer.encode_completions(["<think>Okay</think>2"], THINK, [prompt_text]),
+                   lambda: tokenizer.encode_completions(["<think>Okay</think>2"], "", [prompt_text])):
         with pytest.raises(ValueError, match="empty thought.*--prefill ''"):
-            tokenizer.encode_completions(["<think>Okay</think>2"], prefill, [prompt_text])
-        assert tokenizer.encode_completions(["2"], prefill, [prompt_text]) == [tokenizer.encode("2")]
+            encode()
+    assert tokenizer.encode_completions(["2"], THINK, [prompt_text]) == [tokenizer.encode("2")]
     assert tokenizer.encode_prompt(messages) == tokenizer.encode(prompt_text)
 
 
@@ -302,12 +302,11 @@ REASONING_TEMPLATE = r"""{%- for m in messages %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
 """
 CHANNELS_TEMPLATE = (
-    "{% for m in messages %}{% if m.thinking %}<|im_start|>analysis:{{ m.thinking }}{% endif %}<|im_start|>{{ m.role }}:"
-    "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    "{% for m in messages %}{% if m.thinking %}<|im_start|>analysis:{{ m.thinking }}{% endif %}"
+    "<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
 @pytest.mark.parametrize("template, expected", [
     (None, "<think>\n1, 2\n</think>\n\n2"),
     (THINKING_TEMPLATE, "<think>\n1, 2\n</think>\n\n2"),
@@ -316,11 +315,11 @@ CHANNELS_TEMPLATE = (
     (REASONING_TEMPLATE.replace("</think>\\n\\n", "</think>"), "<think>\n1, 2\n</think>2"),
     (CHANNELS_TEMPLATE, "analysis:1, 2\n<|im_start|>assistant:2"),
 ])
-def test_reasoning_is_placed_as_the_template_does_or_in_a_thought(tmp_path, template, expected, key):
-    tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template))
-    messages, answer = [user_message("1 + 1?")], {"role": "assistant", "content": "2", key: "1, 2\n"}
-    text = tokenizer.render_response(messages, answer)
-    assert text == expected
+def test_reasoning_is_placed_as_the_template_does_or_in_a_thought(tmp_path, template, expected):
+    tokenizer, messages = Tokenizer.from_pretrained(write_tokenizer(tmp_path, template)), [user_message("1 + 1?")]
+    for key in ("reasoning_content", "thinking", "reasoning"):
+        text = tokenizer.render_response(messages, {"role": "assistant", "content": "2", key: "1, 2\n"})
+        assert text == expected
     [ids] = tokenizer.encode_completions([text], THINK, [tokenizer.render_prompt(messages)])
     whole = tokenizer.decode(tokenizer.encode_prompt(messages) + ids, skip_special_tokens=False)
     assert whole.count("1, 2") == 1 and whole.count("<think>") == expected.count("<think>")
@@ -336,22 +335,17 @@ def test_other_keys_of_the_answer_pass_unless_the_template_uses_them(tmp_path):
         Tokenizer.from_pretrained(write_tokenizer(tmp_path / "b", named)).render_response(messages, answer)
 
 
-@pytest.mark.parametrize("keys, expected", [
-    ({"reasoning_content": ["1"]}, "'reasoning_content' must be one text"),
-    ({"reasoning_content": "1", "thinking": "2"}, "'reasoning_content' and 'thinking' must be one text"),
-    ({"reasoning": "1", "content": "<think>\n2\n</think>\n\n2"}, "the thought in 'content'"),
-    ({"reasoning": "1, 2", "content": "<think>\n1, 2\n</think>\n\n2"}, None),
-    ({"reasoning": "1, 2", "thinking": "1, 2", "content": "<think>1, 2</think>2"}, None),
-    ({"reasoning": " \n", "content": "2"}, None),
-])
-def test_reasoning_that_contradicts_itself_is_refused(tmp_path, keys, expected):
+def test_reasoning_that_contradicts_itself_is_refused(tmp_path):
     tokenizer = Tokenizer.from_pretrained(write_tokenizer(tmp_path, REASONING_TEMPLATE))
-    answer = {"role": "assistant", "content": "2", **keys}
-    if expected is None:
-        assert tokenizer.render_response([user_message("1?")], answer) == answer["content"]
-    else:
+    messages, answer = [user_message("1?")], {"role": "assistant", "content": "2"}
+    for keys, expected in (({"reasoning_content": ["1"]}, "'reasoning_content' must be one text"),
+                           ({"reasoning_content": "1", "thinking": "2"}, "'reasoning_content' and 'thinking'"),
+                           ({"reasoning": "1", "content": "<think>\n2\n</think>2"}, "the thought in 'content'")):
         with pytest.raises(ValueError, match=expected):
-            tokenizer.render_response([user_message("1?")], answer)
+            tokenizer.render_response(messages, answer | keys)
+    for keys in ({"reasoning": "1, 2", "content": "<think>\n1, 2\n</think>\n\n2"}, {"reasoning": " \n"},
+                 {"reasoning": "1, 2", "thinking": "1, 2", "content": "<think>1, 2</think>2"}):
+        assert tokenizer.render_response(messages, answer | keys) == (answer | keys)["content"]
 
 
 def test_reasoning_of_earlier_turns_reaches_the_template_under_its_name(tmp_path):
