@@ -162,6 +162,13 @@ def test_two_machines_train_one_run(machines):
     assert (machines / "shared" / "final").is_dir() and len(metrics(machines / "shared")) == 4
 
 
+def test_cached_reference_log_probs_that_one_machine_lacks_are_computed_again(machines):
+    dpo = ["dpo", *TRAIN[1:]]
+    assert Command(home(machines, 0), "train.py", *dpo, "--output", "alone").end()[0] == 0
+    assert [status for status, _ in two_machines(machines, "train.py", dpo)] == [0, 0]
+    assert len(list(machines.rglob("pairs.jsonl.reference-*"))) == 2
+
+
 def test_a_second_run_in_one_directory_is_refused_by_the_name_of_the_first(machines):
     words = [*TRAIN, "--steps", "3000"]
     first = Command(home(machines, 0), "train.py", *words)

@@ -50,8 +50,7 @@ def reference_path(
 
 def reference(path: Path, model, dataset: data.Dataset, batch_size: int, micro_batch_tokens: int) -> torch.Tensor:
     """log π_ref of (chosen, rejected), (examples, 2) fp32: read from `path`, or computed from the current weights."""
-    # Decided by rank 0 alone: a file that one rank sees and another does not would leave them waiting.
-    if not distributed.all_gather_object(path.is_file())[0]:
+    if not all(distributed.all_gather_object(path.is_file())):  # machines may have data directories of their own
         logps = completion_logps(model, dataset, batch_size, micro_batch_tokens, "reference log-probs").cpu().numpy()
         save = partial(files.save_arrays, path, {"reference_logps": logps})
         distributed.run_on_ranks(distributed.local_rank() == 0, save)
