@@ -30,7 +30,7 @@ from redi.hub.config import load_config
 from redi.hub.weights import DTYPES, MODEL_FILES, load_sharded, weights_digest
 from redi.losses import sequence_logps
 from redi.model import RECOMPUTE, CausalLM, ModelConfig
-from redi.rows import TokenSettings, add_token_flags
+from redi.rows import add_token_flags, token_settings
 from redi.tokenizer import Tokenizer
 from redi.training import dataset_logps, plan
 from redi.training.run import Run, add_run_flags
@@ -210,17 +210,7 @@ def build_optimizer(model: CausalLM, lr: float, weight_decay: float) -> torch.op
 
 
 def load_data(args: argparse.Namespace, path: Path, tokenizer: Tokenizer, config: ModelConfig) -> data.Dataset:
-    pairs = METHODS[args.method].pairs
-    settings = TokenSettings(
-        pairs=pairs,
-        max_prompt=args.max_prompt_tokens if pairs else args.max_tokens,
-        max_response=args.max_response_tokens if pairs else args.max_tokens,
-        max_total=min(config.max_position_embeddings, args.max_tokens),
-        prefill=args.prefill,
-        system_prompt=args.system_prompt,
-        append_end_of_text=args.append_end_of_text,
-        loss_on_prompt=getattr(args, "loss_on_prompt", False),
-    )
+    settings = token_settings(args, METHODS[args.method].pairs, config.max_position_embeddings)
     load = partial(data.load_dataset, path, tokenizer, settings, args.output)
     distributed.run_on_ranks(distributed.local_rank() == 0, load)  # tokenises, once per machine
     return load()
@@ -232,11 +222,9 @@ def show_plan(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_pretrained(directory)
     config = read_config(args, directory, tokenizer)
     dataset = load_data(args, args.data, tokenizer, config)
-    gpus = plan.Gpus(args.world_size, args.peak_tflops, args.memory_gib, args.utilization)
     steps = range(count_steps(args, len(dataset)))
     batches = [data.step_rows(len(dataset), args.batch_size, args.seed, step)[1] for step in steps]
-    print(plan.describe(config, dataset, batches, gpus, DTYPES[args.dtype].itemsize, METHODS[args.method].reference,
-                        args.micro_batch_tokens, args.recompute, args.keep_layers))
+    print(plan.describe(args, config, dataset, batches, DTYPES[args.dtype].itemsize, METHODS[args.method].reference))
 
 
 def build_parser() -> Parser:

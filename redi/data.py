@@ -173,9 +173,7 @@ class MicroBatch:
 
     def model_inputs(self) -> tuple:
         """The arguments of CausalLM.forward."""
-        return (
-            self.input_ids, self.position_ids, self.cu_seqlens, self.max_seqlen, self.labels, self.label_positions,
-        )
+        return self.input_ids, self.position_ids, self.cu_seqlens, self.max_seqlen, self.labels, self.label_positions
 
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":

@@ -1,5 +1,6 @@
 """A line of positives or pairs, in any form that TRL reads -> token ids of its prompt and completions. No torch."""
 
+import argparse
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,6 +47,20 @@ def add_token_flags(add: Callable) -> None:
         help=r"forced start of responses in evaluation; \n: newline")
     add("--system-prompt", help="system message (default: the chat template's)")
     add("--append-end-of-text", action="store_true", help=r"end responses with \n<|endoftext|>, as the official code")
+
+
+def token_settings(args: argparse.Namespace, pairs: bool, context: int) -> TokenSettings:
+    """The settings from the flags above; the limits of prompt and response apply to pairs. context: the model's."""
+    return TokenSettings(
+        pairs,
+        max_prompt=args.max_prompt_tokens if pairs else args.max_tokens,
+        max_response=args.max_response_tokens if pairs else args.max_tokens,
+        max_total=min(context, args.max_tokens),
+        prefill=args.prefill,
+        system_prompt=args.system_prompt,
+        append_end_of_text=args.append_end_of_text,
+        loss_on_prompt=getattr(args, "loss_on_prompt", False),
+    )
 
 
 @dataclass

@@ -16,7 +16,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from redi.files import error_context, read_json, resolve_directory
+from redi.files import read_json, resolve_directory
 
 # Evaluation forces every response to begin with this; responses in training data begin with it too.
 PREFILL = "<think>\n"

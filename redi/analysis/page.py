@@ -31,7 +31,7 @@ from redi.hub.weights import DTYPES, MODEL_FILES, load_pretrained
 from redi.losses import logit_rows
 from redi.model import CausalLM
 from redi.problems import read_benchmark
-from redi.rows import TokenSettings, add_token_flags, encode, read_examples
+from redi.rows import TokenSettings, add_token_flags, encode, read_examples, token_settings
 from redi.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -193,8 +193,7 @@ def write_page(args) -> None:
     directories = [resolve_directory(model, MODEL_FILES) for model in (args.before, args.after)]
     tokenizers = [Tokenizer.from_pretrained(directory) for directory in directories]
     contexts = [load_config(*model).max_position_embeddings for model in zip(directories, tokenizers)]
-    settings = TokenSettings(True, args.max_prompt_tokens, args.max_response_tokens, min(args.max_tokens, *contexts),
-                             args.prefill, args.system_prompt, args.append_end_of_text)
+    settings = token_settings(args, True, min(contexts))
     pairs = list(islice(read_pairs(args.data, tokenizers, settings), args.limit))
     if not pairs:
         raise ValueError(f"{args.data} holds no pair within {settings.max_prompt} tokens of prompt, "

@@ -7,9 +7,10 @@ of tensors, comparable with torch.cuda.max_memory_allocated, without torch.compi
 and measurement on one H200.
 """
 
+import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -32,14 +33,6 @@ def add_plan_flags(add: Callable) -> None:
     add("--peak-tflops", type=positive, default=989, help="peak rate of a GPU (989: H100 or H200 in bf16)")
     add("--memory-gib", type=positive, default=80, help="memory of a GPU")
     add("--utilization", type=positive, default=0.4, help="share of the peak rate that is reached")
-
-
-@dataclass
-class Gpus:
-    count: int
-    peak_tflops: float  # of one GPU
-    memory_gib: float  # of one GPU
-    utilization: float  # share of the peak rate that is reached
 
 
 def forward_flops(config: ModelConfig, lengths, labels=0):
@@ -129,15 +122,16 @@ def peak_memory(
 
 
 def describe(
-    config: ModelConfig, dataset: Dataset, batches: list[np.ndarray], gpus: Gpus, itemsize: int, reference: bool,
-    micro_batch_tokens: int, recompute: str, keep_layers: int,
+    args: argparse.Namespace, config: ModelConfig, dataset: Dataset, batches: list[np.ndarray], itemsize: int,
+    reference: bool,
 ) -> str:  # fmt: skip
-    """The plan as text. batches: the example indices of each optimiser step; itemsize: bytes of the compute dtype;
-    reference: whether the method needs log-probs of the initial model; the rest as in training."""
+    """The plan as text. args: the flags above, and micro_batch_tokens, recompute, keep_layers; batches: the example
+    indices of each optimiser step; itemsize: bytes of the compute dtype; reference: whether the method needs log-probs
+    of the initial model."""
     lengths, labels, tokens = dataset.input_lengths, dataset.label_counts, dataset.input_lengths.sum(1)
     step_tokens, micro_batches, largest = [int(tokens[rows].sum()) for rows in batches], 0, 0
     for rows in batches:
-        parts = assign_to_ranks(dataset, rows, partial(forward_flops, config), micro_batch_tokens, gpus.count)
+        parts = assign_to_ranks(dataset, rows, partial(forward_flops, config), args.micro_batch_tokens, args.world_size)
         micro_batches += len(parts)
         largest = max(largest, *(int(tokens[part].sum()) for micro in parts for part in micro))
     rows = np.concatenate(batches)
@@ -146,17 +140,18 @@ def describe(
         training = training_flops(config, lengths, labels, recompute, keep_layers).sum(1)[rows].sum()
         return training + (forward_flops(config, lengths, labels).sum() if reference else 0)
 
-    memory = partial(peak_memory, config, largest, gpus.count, itemsize)
-    total, table = flops(recompute, keep_layers), memory(recompute, keep_layers)
-    seconds = total / (gpus.count * gpus.peak_tflops * 1e12 * gpus.utilization)
+    memory = partial(peak_memory, config, largest, args.world_size, itemsize)
+    setting = args.recompute, args.keep_layers
+    total, table = flops(*setting), memory(*setting)
+    seconds = total / (args.world_size * args.peak_tflops * 1e12 * args.utilization)
     lines = [
         f"examples        {len(dataset):,} ({dataset.dropped:,} too long, dropped)",
         f"steps           {len(batches):,} of {len(batches[0]):,} ({len(rows) / len(dataset):.3g} epochs)",
         f"tokens          {sum(step_tokens):,}; a step {min(step_tokens):,} to {max(step_tokens):,}",
         f"longest         sequence {lengths.max():,} tokens, example {tokens.max():,}",
         f"micro-batches   {micro_batches / len(batches):.2f} per step and rank, the largest {largest:,} tokens",
-        f"arithmetic      {total:.3e} FLOPs (--recompute {recompute} --keep-layers {keep_layers})",
-        f"time            {seconds / 3600:.3g} h at {gpus.utilization:.0%} of {gpus.count} x {gpus.peak_tflops:g} "
+        f"arithmetic      {total:.3e} FLOPs (--recompute {args.recompute} --keep-layers {args.keep_layers})",
+        f"time            {seconds / 3600:.3g} h at {args.utilization:.0%} of {args.world_size} x {args.peak_tflops:g} "
         "TFLOP/s",
         "",
         f"{'GiB of each rank':40}" + "".join(f"{moment:>22}" for moment in table),
@@ -166,10 +161,10 @@ def describe(
         lines.append(f"{name:40}" + "".join(f"{'' if v is None else f'{v / GIB:.2f}':>22}" for v in values))
     lines.append(f"{'sum':40}" + "".join(f"{sum(column.values()) / GIB:>22.2f}" for column in table.values()))
 
-    fits = "fits" if peak_gib(table) <= gpus.memory_gib else "does not fit"
-    lines += ["", f"{fits}: {peak_gib(table):.1f} of {gpus.memory_gib:g} GiB, not counting what CUDA and NCCL need"]
+    fits = "fits" if peak_gib(table) <= args.memory_gib else "does not fit"
+    lines += ["", f"{fits}: {peak_gib(table):.1f} of {args.memory_gib:g} GiB, not counting what CUDA and NCCL need"]
     settings = [("nothing", 0), *((name, n) for name in RECOMPUTE for n in range(config.num_hidden_layers))]
-    fitting = [setting for setting in settings if peak_gib(memory(*setting)) <= SAFE * gpus.memory_gib]
+    fitting = [setting for setting in settings if peak_gib(memory(*setting)) <= SAFE * args.memory_gib]
     if fitting:
         name, layers = min(fitting, key=lambda setting: flops(*setting))
         lines.append(f"fastest setting within {SAFE:.0%} of the memory: --recompute {name} --keep-layers {layers} "
