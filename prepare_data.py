@@ -6,6 +6,7 @@ r"""Make training data from teacher traces; download benchmarks, and decontamina
     python prepare_data.py benchmarks --output data/benchmarks
     python prepare_data.py decontaminate --input data/openr1/p*.jsonl --against data/benchmarks/*.jsonl \
         --output data/clean
+    python prepare_data.py toy --output data/toy
 
 rows (parquet or JSONL) -> judge -> select -> positives.jsonl, pairs.jsonl, report.json. Rows stream through
 worker processes in order. An output directory is written under a temporary name and renamed when complete.
@@ -212,6 +213,16 @@ def benchmarks(args: argparse.Namespace) -> None:
         write_report(directory, {"problems": {name: size for name, _, _, size, *_ in chosen}}, args, inputs)
 
 
+def toy(args: argparse.Namespace) -> None:
+    """The data of the embedded example: what `train.py` makes for itself when it is run without arguments."""
+    from redi.example import water_tank  # here, because it imports torch, which every worker process would load
+
+    names = ("teacher.jsonl", "positives.jsonl", "pairs.jsonl", "problems.jsonl", "report.json")
+    with new_directory(args.output, args.overwrite, names) as directory:
+        water_tank.write_data(directory, args.seed)
+        write_report(directory, {}, args, inputs={})
+
+
 def write_report(directory: Path, report: dict, args: argparse.Namespace, inputs: dict[str, str | None]) -> None:
     """report.json: the counts, every setting that decides the output, and the SHA-256 of every input file."""
     others = ("function", "output", "overwrite", "processes")
@@ -283,6 +294,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag = add("benchmarks", benchmarks).add_argument
     flag("--only", nargs="+", choices=[name for name, *_ in BENCHMARKS], help="only these")
     flag("--mirror", metavar="DIR", help="read DIR/HuggingFaceH4/MATH-500/… instead of the hub")
+
+    flag = add("toy", toy).add_argument
+    flag("--seed", type=int, default=0, help="of the problems and the teacher's traces")
 
     args = parser.parse_args(argv)
     if "prefill" in args:

@@ -841,6 +841,13 @@ def test_an_interrupted_run_leaves_no_output_and_no_process(tmp_path, stop):
     assert len(read_rows(out / "positives.jsonl")) == 1 and not partial.exists()
 
 
+def test_toy_writes_its_data(tmp_path):
+    out = prepare("toy", "--output", tmp_path / "out", "--seed", 3)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "pairs.jsonl", "positives.jsonl", "problems.jsonl", "report.json", "teacher.jsonl"]
+    assert json.loads((out / "report.json").read_text()) == {"settings": {"command": "toy", "seed": 3}, "inputs": {}}
+
+
 def test_chunks_are_bounded_in_rows_and_in_text():
     long, short = {"generations": ["x" * 100_000, None]}, {"generations": None}
     rows = [("place", long)] * 100 + [("place", short)] * 100
