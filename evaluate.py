@@ -32,7 +32,7 @@ from tqdm import tqdm
 from redi.cli import Parser, handle_signals, not_negative, number, positive_int, run_command
 from redi.distributed import (
     agree, agree_on_flags, init_process_group, leave_process_group, local_rank, lock_output, print_rank0, rank,
-    world_size,
+    run_on_ranks, world_size,
 )  # fmt: skip
 from redi.evaluation.generation import Request, generate
 from redi.evaluation.sample_store import SampleStore, read_responses, scored
@@ -55,19 +55,18 @@ SAMPLING_CODE = (
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    benchmarks = [read_benchmark(path, args.limit) for path in args.problems]
-    refuse_equal_names([benchmark.name for benchmark in benchmarks], args.problems)
     if args.score:
-        return report(score(args, benchmarks), args.output)
+        return report(score(args, read_benchmarks(args)), args.output)
     refuse_equal_names([storage_name(path) for path in args.model], args.model)
     device, threads = init_process_group(), torch.get_num_threads()
     agree_on_flags(args, ("model", "problems", "output"))
+    benchmarks = run_on_ranks(True, lambda: read_benchmarks(args))
     agree({f"--problems {Path(path).name} (SHA-256)": file_digest(path) for path in args.problems})
     torch.set_num_threads(args.threads)
     try:
         # Gloo, because ranks wait here for the longest response, and NCCL times out after ten minutes.
         group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-        models = [Model(path, benchmarks, args, device) for path in args.model]  # all are checked first
+        models = run_on_ranks(True, lambda: [Model(path, benchmarks, args, device) for path in args.model])
         agree({f"--model {model.name} (SHA-256)": model.digest for model in models})
         table = [row for model in models for row in evaluate(model, args, device, group)]
         if rank() == 0:
@@ -75,6 +74,12 @@ def main(argv: list[str] | None = None) -> None:
         wait_for_all(group)
     finally:
         torch.set_num_threads(threads)
+
+
+def read_benchmarks(args: argparse.Namespace) -> list[Benchmark]:
+    benchmarks = [read_benchmark(path, args.limit) for path in args.problems]
+    refuse_equal_names([benchmark.name for benchmark in benchmarks], args.problems)
+    return benchmarks
 
 
 class Model:

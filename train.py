@@ -95,11 +95,9 @@ def train(args: argparse.Namespace) -> None:
     run = Run(args, SETTINGS, method.flags)
     if run.is_finished:
         return print_rank0(f"{args.output / 'final'} exists: nothing to do")
-    directory = resolve_directory(args.model, MODEL_FILES)
-    tokenizer = Tokenizer.from_pretrained(directory)
+    directory, tokenizer, config = distributed.run_on_ranks(True, partial(read_inputs, args, MODEL_FILES))
     for notice in tokenizer.notices:
         print_rank0(notice)
-    config = read_config(args, directory, tokenizer)
     model = load_sharded(directory, config, device, DTYPES[args.dtype], args.recompute, args.keep_layers, args.compile)
     dataset = load_data(args, args.data, tokenizer, config)
     eval_dataset = args.eval_data and load_data(args, args.eval_data, tokenizer, config)
@@ -196,9 +194,15 @@ def make_batch(args: argparse.Namespace, config: ModelConfig, dataset: data.Data
     return epoch, rows, data.micro_batches(dataset, rows, flops, args.micro_batch_tokens, *ranks)
 
 
-def read_config(args: argparse.Namespace, directory: Path, tokenizer: Tokenizer) -> ModelConfig:
-    return load_config(directory, tokenizer, rope_theta=args.rope_theta,
-                       max_position_embeddings=args.max_position_embeddings)
+def read_inputs(args: argparse.Namespace, patterns: list[str]) -> tuple[Path, Tokenizer, ModelConfig]:
+    """(directory, tokenizer, config) of --model. Raises ValueError where they or the data files are missing."""
+    for path in filter(None, (args.data, args.eval_data)):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such data file")
+    directory = resolve_directory(args.model, patterns)
+    tokenizer = Tokenizer.from_pretrained(directory)
+    return directory, tokenizer, load_config(directory, tokenizer, rope_theta=args.rope_theta,
+                                             max_position_embeddings=args.max_position_embeddings)
 
 
 def build_optimizer(model: CausalLM, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -218,9 +222,7 @@ def load_data(args: argparse.Namespace, path: Path, tokenizer: Tokenizer, config
 
 def show_plan(args: argparse.Namespace) -> None:
     """Print what the run would take. Reads no weights, and writes nothing but the cached token ids."""
-    directory = resolve_directory(args.model, ["*.json", "*.jinja"])
-    tokenizer = Tokenizer.from_pretrained(directory)
-    config = read_config(args, directory, tokenizer)
+    _, tokenizer, config = read_inputs(args, ["*.json", "*.jinja"])
     dataset = load_data(args, args.data, tokenizer, config)
     steps = range(count_steps(args, len(dataset)))
     batches = [data.step_rows(len(dataset), args.batch_size, args.seed, step)[1] for step in steps]
@@ -285,9 +287,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.eval_every = args.eval_every or args.save_every or 200
     if args.resume and args.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    for path in filter(None, (args.data, args.eval_data)):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such data file")
     return args
 
 

@@ -107,6 +107,18 @@ def other_weights(machine: Path) -> None:
     tiny.write_model(machine / "model", num_hidden_layers=1, seed=7)
 
 
+def no_rows(machine: Path) -> None:
+    (machine / "pairs.jsonl").unlink()
+
+
+def no_weights(machine: Path) -> None:
+    shutil.rmtree(machine / "model")
+
+
+def no_problems(machine: Path) -> None:
+    (machine / "problems.jsonl").unlink()
+
+
 def other_problems(machine: Path) -> None:
     path = machine / "problems.jsonl"
     path.write_text(path.read_text().replace("p3", "p9"))
@@ -123,11 +135,15 @@ DIFFERENCES = [  # command, what is other on the second machine, what the senten
     ("train", ["--eval-data", "positives.jsonl"], "rank 1 has --eval-data True, rank 0 False"),
     ("train", other_rows, "rank 1 has --data (SHA-256) "),
     ("train", fewer_rows, "rank 1 has --data (SHA-256) "),
+    ("train", no_rows, "pairs.jsonl: no such data file"),
+    ("train", no_weights, "model: no such directory"),
+    ("evaluate", no_weights, "model: no such directory"),
+    ("evaluate", no_problems, "problems.jsonl cannot be read"),
     ("train", other_weights, "rank 1 has --model (SHA-256) "),
     ("evaluate", ["--temperature", "0.5"], "rank 1 has --temperature 0.5, rank 0 0.6"),
     ("evaluate", other_weights, "rank 1 has --model home-model (SHA-256) "),
     ("evaluate", other_tokenizer, "rank 1 has --model home-model (SHA-256) "),
-    ("evaluate", other_problems, "rank 1 has --problems problems (SHA-256) "),
+    ("evaluate", other_problems, "rank 1 has --problems problems.jsonl (SHA-256) "),
 ]
 
 

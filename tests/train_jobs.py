@@ -26,7 +26,6 @@ import train
 from redi import distributed
 from redi.training import checkpoint
 from redi.cli import run_command
-from redi.tokenizer import Tokenizer
 
 
 def capture_gradients(path: Path):
@@ -74,9 +73,7 @@ def unwritable_at(step: int):
 def copy_checkpoint(argv: list[str], source: Path, output: Path) -> None:
     args = train.parse_args(argv)
     device = distributed.init_process_group()
-    directory = Path(args.model)
-    tokenizer = Tokenizer.from_pretrained(directory)
-    config = train.read_config(args, directory, tokenizer)
+    directory, tokenizer, config = train.read_inputs(args, train.MODEL_FILES)
     model = train.load_sharded(directory, config, device, train.DTYPES[args.dtype])
     optimizer = train.build_optimizer(model, args.lr, args.weight_decay)
     state = checkpoint.load_checkpoint(source, model, optimizer)

@@ -13,7 +13,7 @@ A try fails where
   it (0 where it was just done);
 - prepare_data.py leaves part of an output: other files than those of the undisturbed or (`rerun`) the older output;
 - a process of its session still lives 5 seconds later;
-- it wrote more to standard error than that it was interrupted;
+- it wrote more to standard error than that it was interrupted (a second signal ends it without cleaning up);
 - the same command, run again, does not leave what the undisturbed one did, or finds a corrupt checkpoint.
 """
 
@@ -151,15 +151,18 @@ def interrupt(root, job, number, rng, place, inputs, seconds, whole):
         wrong.append(f"left running: {left}")
         os.killpg(process.pid, signal.SIGKILL)
     errors = [line for line in (place / "err").read_text().splitlines() if not line.startswith("interrupted")]
-    if errors and status:
+    if errors and status and sent == 1:
         wrong.append(f"it wrote {errors[-3:]}")
     if job == "pipe":
         (place / "rows.jsonl").unlink()
         shutil.copy(inputs / "rows.jsonl", place)
     if status and not start(root, job, place).wait() == 0:
         wrong.append(f"run again it failed: {(place / 'err').read_text()[-300:]}")
-    elif contents(place) != whole or "corrupt" in (place / "out.txt").read_text():
-        wrong.append("run again it left something else")
+    left = contents(place)
+    if others := [name for name in {**left, **whole} if left.get(name) != whole.get(name)]:
+        wrong.append(f"run again it left other files: {others}")
+    if "corrupt" in (place / "out.txt").read_text():
+        wrong.append("run again it found a corrupt checkpoint")
     shutil.rmtree(place)
     return took, status, sent, wrong
 
