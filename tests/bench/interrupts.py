@@ -82,7 +82,7 @@ def run(args, rng: random.Random, folder: Path) -> int:
     inputs, undisturbed = folder / "inputs", {}
     write_inputs(inputs, args.rows)
     for job in args.jobs:
-        place = make_place(folder / "undisturbed", inputs, "files" if job == "pipe" else job)
+        place = make_place(folder / "try", inputs, "files" if job == "pipe" else job)  # samples are stored by its name
         process = start(args.root, job, place)
         wait_for_handlers(process)
         started = time.monotonic()
