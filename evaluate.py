@@ -34,7 +34,7 @@ from redi.distributed import (
     agree, agree_on_flags, init_process_group, leave_process_group, local_rank, lock_output, print_rank0, rank,
     run_on_ranks, world_size,
 )  # fmt: skip
-from redi.evaluation.generation import Request, generate
+from redi.evaluation.generation import DECODE_TILE, Request, generate
 from redi.evaluation.sample_store import SampleStore, read_responses, scored
 from redi.evaluation.sampling import sample_key
 from redi.evaluation.scoring import report, summarise
@@ -176,7 +176,7 @@ def draw(model: Model, missing: list[tuple[SampleStore, str, int, Request]], arg
     weights = load_pretrained(model.directory, device, DTYPES[model.dtype]).eval()
     if model_digest(model.directory) != model.digest:
         raise ValueError(f"{model.path} has changed since this evaluation began: run it again")
-    max_batch_size = args.rows or (64 if device.type == "cuda" else 16)
+    max_batch_size = args.rows or (64 if device.type == "cuda" else max(16, args.tile))
     requests = [request for *_, request in missing]
     share = f" (rank 0 of {world_size()})" if world_size() > 1 else ""
     seconds = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
@@ -191,7 +191,7 @@ def draw(model: Model, missing: list[tuple[SampleStore, str, int, Request]], arg
         bar.update(0)
 
     generated = generate(weights, requests, model.tokenizer.stop_ids, args.temperature, args.top_p, max_batch_size,
-                         count_tokens)  # fmt: skip
+                         count_tokens, args.tile)  # fmt: skip
     with bar:
         for index, ids, finish_reason in generated:
             store, id, sample, _ = missing[index]
@@ -278,7 +278,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--open-thought-counts", action="store_true", help="read a box in a thought that never ends (<think> without "
         "</think>) as the answer")
     add = parser.add_argument_group("memory and speed").add_argument
-    add("--rows", type=positive_int, help="responses decoded in one batch (default: 64 on a GPU, 16 on a CPU)")
+    add("--rows", type=positive_int, help="responses in a batch (default: 64 on a GPU; 16 or --tile on a CPU)")
+    add("--tile", type=positive_int, default=DECODE_TILE, help="CPU: responses in one call of the model; 64 is faster "
+        "with large models and many problems, and rounds differently")
     add("--threads", type=positive_int, default=1, help="CPU threads of each process. Samples of another number can "
         "differ by rounding; for more cores prefer torchrun")
     add = parser.add_argument_group("output").add_argument

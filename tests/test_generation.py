@@ -114,12 +114,12 @@ def test_stop_ids_and_limits():
         assert reason == "stop" or len(ids) == requests[index].max_new_tokens
 
 
-@pytest.mark.parametrize("vocab_size", [61, 1000])
-def test_samples_do_not_depend_on_order_rows_or_company(vocab_size):
+@pytest.mark.parametrize("vocab_size, tile", [(61, 16), (1000, 16), (61, 24)])
+def test_samples_do_not_depend_on_order_rows_or_company(vocab_size, tile):
     model, requests = tiny_model(vocab_size), make_requests(vocab_size=vocab_size)
 
     def draw(order, rows):
-        samples = generate(model, [requests[j] for j in order], (5,), max_batch_size=rows)
+        samples = generate(model, [requests[j] for j in order], (5,), max_batch_size=rows, tile=tile)
         return {order[i]: (ids, reason) for i, ids, reason in samples}
 
     everything = draw(range(len(requests)), 16)

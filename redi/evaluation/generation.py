@@ -2,7 +2,7 @@
 
 When a sequence finishes, its place in the batch goes to the next request at once. The random number behind a token
 depends only on its request's key and its position, so a sample depends on the rest of the batch only as far as the
-logits do. On CPU they do not depend on it at all: the model always runs on DECODE_TILE tokens (matrix products of
+logits do. On CPU they do not depend on it at all: the model always runs on `tile` tokens (matrix products of
 another shape may round differently), prompts one at a time, and attention sequence by sequence. On CUDA the shapes
 depend on `max_batch_size`, so samples are equal up to the rounding of the kernels.
 """
@@ -16,7 +16,7 @@ import torch
 from redi.attention import cached_attention, packed_attention, uses_flash
 from redi.evaluation.sampling import sample
 
-DECODE_TILE = 16  # tokens that one call of the model decodes on CPU
+DECODE_TILE = 16  # default number of tokens that one call of the model decodes on a CPU
 CACHE_BLOCK = 1024  # slots; the cache grows by multiples of it
 
 
@@ -55,16 +55,18 @@ def generate(
     top_p: float = 0.95,
     max_batch_size: int = DECODE_TILE,
     on_tokens: Callable[[int], None] = lambda count: None,
+    tile: int = DECODE_TILE,
 ) -> Iterator[tuple[int, list[int], str]]:
     """Draw one sample for each request; yield (index of the request, sampled ids, finish reason) as samples finish.
 
     The ids include the stop id that ended the sample (reason "stop"); with reason "length", max_new_tokens ids came
     without one. Temperature 0 is greedy. At most `max_batch_size` requests are decoded at a time; they are taken from
     the iterable as places become free. `on_tokens` receives the number of new ids after each forward pass, as the
-    first sample may take an hour to finish. Raises ValueError when the logits are not finite.
+    first sample may take an hour to finish. A wider `tile` reads the weights less often (CPU only); its samples differ
+    by rounding. Raises ValueError when the logits are not finite.
     """
     stop_ids, requests = frozenset(stop_ids), enumerate(requests)
-    cache = KVCache(model, max_batch_size)
+    cache = KVCache(model, max_batch_size, tile)
     active: list[_Sequence] = []  # active[i] owns row i of the cache
     prompt_ids = None
     while True:
@@ -130,12 +132,12 @@ class KVCache:
     memory.
     """
 
-    def __init__(self, model, max_batch_size: int):
+    def __init__(self, model, max_batch_size: int, tile: int):
         self.model, self.max_batch_size, self.capacity, self.graph = model, max_batch_size, 0, None
         config, weight = model.config, model.head_weight
         # One CUDA graph for the batch, where attention needs no lengths on the host.
         self.captures = uses_flash(weight.new_empty(1, 1, config.head_dim))
-        self.width = max_batch_size if self.captures else DECODE_TILE  # tokens in one forward pass
+        self.width = max_batch_size if self.captures else tile  # tokens in one forward pass
         self.row_ids = torch.arange(self.width, device=weight.device)
         self.layers = [self._allocate() for _ in range(config.num_hidden_layers)]
 

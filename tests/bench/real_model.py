@@ -1,27 +1,22 @@
-"""A real pretrained model on a laptop's CPU: parity with transformers, SFT, stage 2 and its control, accuracy, curves.
+"""A real pretrained model through the method: SFT, stage 2 and its control, accuracy on problems never trained on.
 
     pip install -r tests/requirements.txt
-    python tests/bench/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct --traces TRACES --output out/real
+    python tests/bench/real_model.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --train train.jsonl \\
+        --validation validation.jsonl --test test.jsonl --prefill "" --output out/student
 
-TRACES: a parquet or JSONL file, or a directory of them, laid out as OpenR1-Math-Raw is, or rows of problem, answer and
-generations. Some problems are held out before anything else: their pairs give the held-out LogPS, and every model is
-evaluated on some of them. From one SFT model each method takes as many updates on as many sequences (a pair is two) at
-each rate and seed, which is that of the order of the rows and of the samples; SFT continued is the control. train.py,
-evaluate.py and prepare_data.py run as they are, one after the other, or --jobs of them side by side. At the end come a
-table and a figure; what is done is kept, and the same command continues.
+--train holds rows of problem, answer and other models' generations: the first correct and the first incorrect one are a
+teachers' pair. Own pairs are made in the same way of the SFT model's samples of these problems. From one SFT model each
+method takes as many updates on as many sequences (a pair is two); the control, SFT continued, trains on the chosen
+responses of the same pairs. With several --rates each method takes the one with the highest accuracy on --validation,
+and only that one meets other seeds and --test. prepare_data.py, train.py and evaluate.py run as they are, one after the
+other. Finished work is kept: the same command continues, and a command with other methods, rates, seeds or samples adds
+to it. A table and a figure of all that is done come at the end.
 """
 
-import argparse
-import hashlib
 import importlib.util
 import os
-import shlex
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from redi.cli import Parser, count, not_negative, positive, positive_int, run_command
-from redi.files import json_line, read_json, read_jsonl, write_atomically, write_json
-from redi.problems import gold_answers
+from redi.files import json_line, read_jsonl, write_atomically, write_json
+from redi.problems import read_benchmark
 
 CONTROL = "SFT continued"
 METHODS = {  # name: title, arguments of train.py, colour (Okabe and Ito's) and dashes in the figure
@@ -40,25 +35,14 @@ METHODS = {  # name: title, arguments of train.py, colour (Okabe and Ito's) and 
     "symmetric": ("symmetric, α 1", ["redi", "--alpha", "1"], "#D55E00", "--"),
     "dpo": ("DPO, β 0.1", ["dpo", "--beta", "0.1"], "#009E73", "-."),
 }
-MAY_CHANGE = ("output", "rates", "methods", "seeds", "problems", "samples", "threads", "jobs", "keep_models", "part",
-              "table")  # fmt: skip
+NEGATIVES = ("teachers", "own")
 LOGPS = {"eval_chosen_logp": "chosen", "eval_rejected_logp": "rejected"}
-COSTS = threading.Lock()  # of OUTPUT/costs.json
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
     if not args.table:
-        keep_settings(args)
-        split_problems(args)
-        check_parity(args)
-        prepare_rows(args)
-        sft = args.sft or args.output / "sft/final"
-        untrained = partial(evaluate, args, args.model, args.output / "untrained", 0)
-        side_by_side(args, [untrained, partial(run_stage_1, args, sft)])
-        side_by_side(args, [partial(run_stage_2, args, sft, seed, name, rate)
-                            for seed in args.seeds for rate in args.rates for name in args.methods])  # fmt: skip
+        run_all(args)
     table = summarise(args)
     write_json(args.output / "table.json", table)
     print(table_text(table))
@@ -67,177 +51,95 @@ def main(argv: list[str] | None = None) -> None:
     draw(args, args.output / "curves.png")
 
 
-def side_by_side(args, tasks: list[Callable[[], None]]) -> None:
-    """--jobs of them at a time. Where one fails or the user interrupts, those that have not begun do not."""
-    pool, failed = ThreadPoolExecutor(args.jobs), threading.Event()
-
-    def attempt(task):
-        if failed.is_set():
-            return
-        try:
-            task()
-        except BaseException:
-            failed.set()  # here and not where the result is read: this thread takes its next task before that
-            raise
-
-    try:
-        for future in [pool.submit(attempt, task) for task in tasks]:
-            future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def keep_settings(args) -> None:
-    """OUTPUT is of one setting, but for what may be added to it. Raises ValueError naming the flag that differs."""
-    path = args.output / "settings.json"
-    settings = {key: str(value) for key, value in vars(args).items() if key not in MAY_CHANGE}
-    for key, value in (read_json(path) if path.exists() else settings).items():
-        if settings.get(key) != value:
-            raise ValueError(f"{args.output} was begun with --{key.replace('_', '-')} {value}, not {settings.get(key)}")
-    write_json(path, settings)
-
-
-def read_traces(args):
-    """The first --rows rows, as dictionaries."""
-    files, left = [args.traces], args.rows
-    if args.traces.is_dir():
-        files = sorted(args.traces.rglob("*.parquet")) or sorted(args.traces.rglob("*.jsonl"))
-    for file in files:
-        for row in read_parquet(file) if file.suffix == ".parquet" else (row for _, row in read_jsonl(file)):
-            if left == 0:
-                return
-            left -= 1
-            yield row
-
-
-def read_parquet(file: Path):
-    from pyarrow.parquet import ParquetFile
-
-    for batch in ParquetFile(file).iter_batches(64):
-        yield from batch.to_pylist()
-
-
-def usable_rows(args):
-    """Rows that may be held out: with a valid problem, an answer and generations."""
-    for row in read_traces(args):
-        valid = str(row.get("problem_is_valid", "yes")).strip().lower() == "yes"
-        if valid and (row.get("problem") or "").strip() and row.get("generations") and gold_answers(row.get("answer")):
-            yield row
-
-
-def split_problems(args) -> None:
-    """data/train.jsonl and held-out.jsonl, rows of the traces, and problems.jsonl. A problem's text alone decides
-    whether it is held out, and all of its rows go to one side."""
+def run_all(args) -> None:
     data = args.output / "data"
-    if (data / "problems.jsonl").exists():  # written last
-        return
-    data.mkdir(exist_ok=True)
-    answers = {row["problem"].strip(): gold_answers(row["answer"]) for row in usable_rows(args)}
-    if len(answers) < 2 * args.held_out:
-        raise ValueError(f"{args.traces}: {len(answers)} usable problems, too few to hold out {args.held_out}")
-    held_out = sorted(answers, key=problem_id)[: args.held_out]
-    with write_atomically(data / "train.jsonl") as train, write_atomically(data / "held-out.jsonl") as rest:
-        for row in read_traces(args):
-            (rest if (row.get("problem") or "").strip() in held_out else train).write(json_line(row))
-    with write_atomically(data / "problems.jsonl") as file:
-        for text in held_out:
-            file.write(json_line({"id": problem_id(text), "problem": text, "answer": answers[text]}))
-
-
-def problem_id(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
-
-
-def check_parity(args) -> None:
-    if importlib.util.find_spec("transformers") is None:
-        return print("transformers is not installed: not compared with it")
-    if not (args.output / "parity.json").exists():
-        run(args, "parity", args.output / "parity", "tests/bench/parity.py", "--model", args.model, "--problems",
-            args.output / "data/problems.jsonl", "--output", args.output / "parity.json")  # fmt: skip
-
-
-def prepare_rows(args) -> None:
-    """Positives and pairs of both sides by prepare_data.py; eval-pairs.jsonl and their chosen half as rows of SFT."""
-    data = args.output / "data"
-    if (data / "eval-pairs.jsonl").exists():  # written last
-        return
-    command = "openr1" if any(name.startswith("correctness") for name in next(usable_rows(args))) else "traces"
-    for side in ("train", "held-out"):
-        run(args, "data", data / side, "prepare_data.py", command, "--input", data / f"{side}.jsonl", "--output",
-            data / side, "--overwrite", "--tokenizer", args.model, "--max-response-tokens", args.max_response_tokens,
-            "--max-prompt-tokens", args.max_prompt_tokens, "--processes", args.threads,
-            *shlex.split(args.prepare_flags))  # fmt: skip
-    pairs = [row for _, row in read_jsonl(data / "held-out/pairs.jsonl")][: args.eval_pairs]
-    with write_atomically(data / "eval-chosen.jsonl") as file:
-        file.writelines(json_line({"prompt": pair["prompt"], "completion": pair["chosen"]}) for pair in pairs)
-    with write_atomically(data / "eval-pairs.jsonl") as file:
-        file.writelines(map(json_line, pairs))
-
-
-def run_stage_1(args, sft: Path) -> None:
+    prepare(args, args.train, data / "train")
+    prepare(args, args.validation, data / "validation")
     if not args.sft:
-        train(args, "SFT", args.output / "sft", 0, ["sft"], args.model, args.sft_steps, args.sft_rate)
-    evaluate(args, sft, args.output / "sft", 0)
+        train(args, args.output / "sft", ["sft"], args.model, data / "train/positives.jsonl",
+              data / "validation/positives.jsonl", args.sft_steps, args.sft_rate, args.sft_batch_size, seed=0)
+    evaluate(args, sft_model(args), args.output / "sft", args.test)
+    for negatives in args.negatives:
+        if negatives == "own":
+            evaluate(args, sft_model(args), args.output / "own-samples", args.train, args.own_samples)
+            [samples] = args.output.glob(f"own-samples/eval/*/{args.train.stem}/samples.jsonl")
+            prepare(args, samples, data / "own", "--problems", args.train, "--pairs-per-problem", args.own_pairs)
+        for name in args.methods:
+            for rate in args.rates:
+                stage_2(args, negatives, name, rate, args.seeds[0])
+            rate = best_rate(args, negatives, name)
+            for seed in args.seeds:
+                stage_2(args, negatives, name, rate, seed)
+                output = run_directory(args, negatives, name, rate, seed)
+                evaluate(args, output / "final", output, args.test)
+    evaluate(args, args.model, args.output / "as-it-came", args.test)  # last: its answers are the longest
 
 
-def run_stage_2(args, sft: Path, seed: int, name: str, rate: float) -> None:
-    output = stage_2(args, seed, name, rate)
-    if is_evaluated(args, output):  # its weights may be gone
+def sft_model(args) -> Path:
+    return args.sft or args.output / "sft/final"
+
+
+def prepare(args, source: Path, output: Path, *more) -> None:
+    """Positives and pairs, and chosen.jsonl, the chosen responses of the pairs as rows of SFT."""
+    if (output / "chosen.jsonl").exists():
         return
-    train(args, "stage 2", output, seed, METHODS[name][1], sft, args.steps, rate)
-    evaluate(args, output / "final", output, seed)
-    if not args.keep_models:
-        (output / "final/model.safetensors").unlink()
+    run(args, output, "prepare_data.py", "traces", "--input", source, "--output", output, "--overwrite", "--tokenizer",
+        args.model, "--max-prompt-tokens", args.max_tokens, "--max-response-tokens", args.max_tokens, "--prefill",
+        args.prefill, "--processes", args.threads, *more)  # fmt: skip
+    with write_atomically(output / "chosen.jsonl") as file:
+        for _, pair in read_jsonl(output / "pairs.jsonl"):
+            file.write(json_line({"prompt": pair["prompt"], "completion": pair["chosen"]}))
 
 
-def stage_2(args, seed: int, name: str, rate: float) -> Path:
-    return args.output / f"seed-{seed}" / f"{name}-{rate:g}"
+def stage_2(args, negatives: str, name: str, rate: float, seed: int) -> None:
+    """Train, and where a rate must be chosen evaluate on --validation."""
+    output, arguments = run_directory(args, negatives, name, rate, seed), METHODS[name][1]
+    rows, size = ("chosen.jsonl", 2 * args.pairs) if arguments[0] == "sft" else ("pairs.jsonl", args.pairs)
+    pairs = args.output / "data" / ("train" if negatives == "teachers" else "own")
+    train(args, output, arguments, sft_model(args), pairs / rows, args.output / "data/validation" / rows, args.steps,
+          rate, size, seed)  # fmt: skip
+    if len(args.rates) > 1 and seed == args.seeds[0]:
+        evaluate(args, output / "final", output, args.validation)
 
 
-def train(args, kind: str, output: Path, seed: int, method: list[str], start, steps: int, rate: float) -> None:
+def run_directory(args, negatives: str, name: str, rate: float, seed: int) -> Path:
+    return args.output / negatives / f"{name}-{rate:g}-seed-{seed}"
+
+
+def best_rate(args, negatives: str, name: str) -> float:
+    """Of the --rates that are done (first seed), the one with the highest accuracy on --validation."""
+    runs = {rate: run_directory(args, negatives, name, rate, args.seeds[0]) for rate in sorted(args.rates)}
+    done = {rate: output for rate, output in runs.items() if (output / "final").is_dir()}
+    if len(done) < 2:
+        return next(iter(done or runs))
+    correct = {rate: correct_share(output, args.validation, args.samples) for rate, output in done.items()}
+    return max(correct, key=lambda rate: -1 if correct[rate] is None else correct[rate].mean())
+
+
+def train(args, output: Path, method: list[str], start, rows: Path, held_out: Path, steps: int, rate: float,
+          batch_size: int, seed: int) -> None:  # fmt: skip
     if (output / "final").is_dir():
         return
-    data = args.output / "data"
-    rows, held_out, size = data / "train/pairs.jsonl", data / "eval-pairs.jsonl", args.pairs
-    if method[0] == "sft":
-        rows, held_out = data / "train/positives.jsonl", data / "eval-chosen.jsonl"
-        size = args.sft_batch_size if kind == "SFT" else 2 * args.pairs
-    run(args, kind, output, "train.py", *method, "--model", start, "--data", rows, "--output", output, "--steps", steps,
-        "--lr", f"{rate:g}", "--batch-size", size, "--seed", seed, "--eval-data", held_out, "--eval-every",
-        args.eval_every, "--max-tokens", args.max_prompt_tokens + args.max_response_tokens, "--micro-batch-tokens",
-        args.micro_batch_tokens, "--recompute", "nothing", "--save-every", 0, "--dtype", args.dtype,
-        "--resume")  # fmt: skip
+    run(args, output, "train.py", *method, "--model", start, "--data", rows, "--output", output, "--steps", steps,
+        "--lr", f"{rate:g}", "--batch-size", batch_size, "--seed", seed, "--eval-data", held_out, "--eval-every",
+        args.eval_every, "--prefill", args.prefill, "--max-tokens", args.max_tokens, "--micro-batch-tokens",
+        args.micro_batch_tokens, "--recompute", "nothing", "--save-every", args.save_every, "--keep-checkpoints", 1,
+        "--dtype", args.dtype, "--resume")  # fmt: skip
 
 
-def evaluate(args, model, output: Path, seed: int) -> None:
-    """Draw what is missing in OUTPUT/eval of the held-out problems' samples."""
-    if not is_evaluated(args, output):
-        run(args, "evaluation", output / "eval", "evaluate.py", "--model", model, "--problems",
-            args.output / "data/problems.jsonl", "--limit", args.problems, "--output", output / "eval", "--samples",
-            args.samples, "--rows", args.decoded_together,
-            "--temperature", args.temperature, "--max-new-tokens", args.max_new_tokens, "--seed", seed,
-            "--threads", args.threads, "--dtype", args.dtype)  # fmt: skip
+def evaluate(args, model, output: Path, problems: Path, samples: int | None = None) -> None:
+    """Draw what is missing in OUTPUT/eval. Every model meets the same random numbers."""
+    samples = samples or args.samples
+    if correct_share(output, problems, samples) is not None:
+        return
+    run(args, output / "eval", "evaluate.py", "--model", model, "--problems", problems, "--output", output / "eval",
+        "--samples", samples, "--temperature", args.temperature, "--max-new-tokens", args.max_new_tokens, "--prefill",
+        args.prefill, "--threads", args.threads, "--tile", args.tile, "--dtype", args.dtype)  # fmt: skip
 
 
-def is_evaluated(args, output: Path) -> bool:
-    done = read_samples(args, output)
-    return all((id, sample) in done for id in problem_ids(args) for sample in range(args.samples))
-
-
-def problem_ids(args) -> list[str]:
-    """Of the held-out problems that every model is sampled on."""
-    return [row["id"] for _, row in read_jsonl(args.output / "data/problems.jsonl")][: args.problems]
-
-
-def read_samples(args, output: Path) -> dict[tuple[str, int], dict]:
-    """(id, sample) -> row, of samples 0 to --samples - 1."""
-    rows = [row for file in output.glob("eval/*/problems/samples.jsonl") for _, row in read_jsonl(file)]
-    return {(row["id"], row["sample"]): row for row in rows if row["sample"] < args.samples}
-
-
-def run(args, kind: str, output: Path, *command) -> None:
-    """A command as a process of its own; what it says goes to OUTPUT.log. An interrupt from the terminal reaches it
-    too: it saves and ends, and is waited for."""
+def run(args, output: Path, *command) -> None:
+    """A command as a process of its own; its output goes to OUTPUT.log. An interrupt from the terminal reaches it too:
+    it saves and ends, and is waited for."""
     log = output.with_name(f"{output.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{command[0]} -> {output}", flush=True)
@@ -246,59 +148,61 @@ def run(args, kind: str, output: Path, *command) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
         process = subprocess.Popen(arguments, stdout=file, stderr=file, env=environment)
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            process.wait()
         except BaseException:
             process.wait()
             raise
-        process.returncode = os.waitstatus_to_exitcode(status)
-    with COSTS:
-        costs = read_if_there(args.output / "costs.json")
-        spent = usage.ru_utime + usage.ru_stime
-        write_json(args.output / "costs.json", {**costs, kind: round(costs.get(kind, 0) + spent)})
     if process.returncode:
-        words = log.read_text(errors="replace")[-2000:]
-        sys.exit(f"{words}\nerror: {command[0]} ended with status {process.returncode}; its words are in {log}")
+        tail = log.read_text(errors="replace")[-2000:]
+        sys.exit(f"{tail}\nerror: {command[0]} ended with status {process.returncode}; its output is in {log}")
 
 
-def read_if_there(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}
+def read_samples(output: Path, problems: Path) -> dict[tuple[str, int], dict]:
+    """(id, number) -> sample."""
+    rows = [row for file in output.glob(f"eval/*/{problems.stem}/samples.jsonl") for _, row in read_jsonl(file)]
+    return {(row["id"], row["sample"]): row for row in rows}
+
+
+def correct_share(output: Path, problems: Path, samples: int) -> np.ndarray | None:
+    """Of each problem, the share of its first samples, so many, that are correct; None where some are missing."""
+    found, ids = read_samples(output, problems), read_benchmark(problems).problems
+    if any((id, number) not in found for id in ids for number in range(samples)):
+        return None
+    return np.array([np.mean([found[id, number]["correct"] for number in range(samples)]) for id in ids])
 
 
 def summarise(args) -> dict:
-    """What each model does on the held-out problems (--part of them), over the seeds that are done so far."""
-    ids = problem_ids(args)
-    middle = len(ids) // 2
-    ids = {"all": ids, "first half": ids[:middle], "second half": ids[middle:]}[args.part]
-    runs = {("as it came", None): dict.fromkeys(args.seeds, args.output / "untrained"),
-            ("SFT", args.sft_rate): dict.fromkeys(args.seeds, args.output / "sft")}  # fmt: skip
-    for rate in args.rates:
+    """What each model does on --test, over the seeds that are done so far."""
+    runs = {("as it came", "", None): {None: args.output / "as-it-came"},
+            ("SFT", "", None if args.sft else args.sft_rate): {None: args.output / "sft"}}  # fmt: skip
+    for negatives in args.negatives:
         for name in args.methods:
-            runs[METHODS[name][0], rate] = {seed: stage_2(args, seed, name, rate) for seed in args.seeds}
-    rows, right = [], {}  # right[title, rate][seed]: of each problem, the share of its samples that are right
-    for model, directories in runs.items():
-        done = {seed: directory for seed, directory in directories.items() if is_evaluated(args, directory)}
-        if not done:
+            rate = best_rate(args, negatives, name)
+            runs[METHODS[name][0], negatives, rate] = {
+                seed: run_directory(args, negatives, name, rate, seed) for seed in args.seeds
+            }
+    rows, correct = [], {}  # correct[title, negatives][seed] (problems,)
+    for (title, negatives, rate), directories in runs.items():
+        found = {seed: correct_share(directory, args.test, args.samples) for seed, directory in directories.items()}
+        found = correct[title, negatives] = {seed: share for seed, share in found.items() if share is not None}
+        if not found:
             continue
-        samples = {seed: read_samples(args, directory) for seed, directory in done.items()}
-        asked = [found[id, k] for found in samples.values() for id in ids for k in range(args.samples)]
-        correct = np.array([sample["correct"] for sample in asked]).reshape(len(done), len(ids), args.samples)
-        right[model] = dict(zip(done, correct.mean(-1)))
-        runs_of_its_own = list(right[model].values())[: len(set(done.values()))]  # stage 1 is one run for all seeds
-        row = {"method": model[0], "rate": model[1], "seeds": list(done), "accuracy": estimate(runs_of_its_own),
-               "boxed": np.mean([sample["answer"] is not None for sample in asked]),
-               "tokens": np.mean([sample["tokens"] for sample in asked])}  # fmt: skip
-        for other in ((CONTROL, model[1]), ("SFT", args.sft_rate)):
-            both = [seed for seed in done if seed in right.get(other, {})]
-            if both and model != other:
-                row[f"minus {other[0]}"] = estimate(right[model][seed] - right[other][seed] for seed in both)
-        ends = [curve[-1] for curve in map(held_out_curve, done.values()) if curve]
-        for key in LOGPS:
-            if ends and key in ends[0]:
-                row[key] = np.mean([end[key] for end in ends])
+        samples = [sample for seed in found for (_, number), sample in
+                   read_samples(directories[seed], args.test).items() if number < args.samples]  # fmt: skip
+        row = {"method": title, "negatives": negatives, "rate": rate, "seeds": list(found),
+               "accuracy": estimate(found.values()),
+               "boxed": np.mean([sample["answer"] is not None for sample in samples]),
+               "truncated": np.mean([sample["finish_reason"] == "length" for sample in samples]),
+               "tokens": np.mean([sample["tokens"] for sample in samples])}  # fmt: skip
+        for other, of in ((CONTROL, negatives), ("SFT", "")):
+            baseline = correct.get((other, of), {})
+            if negatives and title != other and (both := [seed for seed in found if baseline.keys() & {seed, None}]):
+                row[f"minus {other}"] = estimate(found[seed] - baseline.get(seed, baseline.get(None)) for seed in both)
+        ends = [curve[-1] for curve in map(held_out_curve, (directories[seed] for seed in found)) if curve]
+        row |= {key: np.mean([end[key] for end in ends]) for key in LOGPS if ends and key in ends[0]}
         rows.append(row)
-    return {"settings": {key: str(value) for key, value in vars(args).items()}, "problems": len(ids), "rows": rows,
-            "parity": read_if_there(args.output / "parity.json"),
-            "cpu_seconds": read_if_there(args.output / "costs.json")}  # fmt: skip
+    settings = {key: str(value) for key, value in vars(args).items()}
+    return {"settings": settings, "problems": len(read_benchmark(args.test).problems), "rows": rows}
 
 
 def estimate(by_seed) -> dict[str, float | None]:
@@ -319,17 +223,19 @@ def held_out_curve(directory: Path) -> list[dict]:
 def table_text(table: dict) -> str:
     """Markdown."""
     others = (f"minus {CONTROL}", "minus SFT")
-    lines = [f"Accuracy on {table['problems']} held-out problems in % ± standard error over problems (± over seeds); "
-             "held-out LogPS at the end in nats a token\n",
-             f"| | rate | accuracy | {' | '.join(others)} | boxed | tokens | {' | '.join(LOGPS.values())} |",
-             "|---" * 9 + "|"]  # fmt: skip
+    lines = [f"Accuracy on {table['problems']} problems, {table['settings']['samples']} samples each, in % ± standard "
+             "error over problems (± over seeds); LogPS on the validation pairs at the end, in nats a token\n",
+             f"| | negatives | rate | accuracy | {' | '.join(others)} | boxed | truncated | tokens | "
+             f"{' | '.join(LOGPS.values())} |",
+             "|---" * 11 + "|"]  # fmt: skip
     for row in table["rows"]:
         rate = "" if row["rate"] is None else f"{row['rate']:g}"
         differences = [percent(row[other], "+") if other in row else "" for other in others]
-        logps = [f"{row[key]:.2f}" if key in row else "" for key in LOGPS]
-        cells = [row["method"], rate, percent(row["accuracy"]), *differences, f"{100 * row['boxed']:.0f} %"]
+        logps = [f"{row[key]:.3f}" if key in row else "" for key in LOGPS]
+        shares = [f"{100 * row[key]:.0f} %" for key in ("boxed", "truncated")]
+        cells = [row["method"], row["negatives"], rate, percent(row["accuracy"]), *differences, *shares]
         lines.append(f"| {' | '.join([*cells, str(round(row['tokens'])), *logps])} |")
-    return "\n".join([*lines, "", f"CPU seconds: {table['cpu_seconds']}", f"parity: {table['parity']}"])
+    return "\n".join(lines)
 
 
 def percent(value: dict, sign: str = "") -> str:
@@ -338,20 +244,21 @@ def percent(value: dict, sign: str = "") -> str:
 
 
 def draw(args, path: Path) -> None:
-    """Held-out LogPS over the steps of stage 2, chosen above rejected, a column a rate: seeds thin, mean thick."""
+    """LogPS on the validation pairs over the steps of stage 2, chosen above rejected: seeds thin, their mean thick."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.6), dpi=130, layout="constrained", facecolor="white")
-    panels = figure.subplots(2, len(args.rates), squeeze=False, sharex=True)
-    handles = {}
+    panels, handles = figure.subplots(2, len(args.negatives), squeeze=False, sharex=True), {}
     for (row, column), panel in np.ndenumerate(panels):
-        key, rate = list(LOGPS)[row], args.rates[column]
-        panel.set_title(f"Held-out {LOGPS[key]} LogPS, rate {rate:g}", loc="left", fontsize=11)
+        key, negatives = list(LOGPS)[row], args.negatives[column]
+        panel.set_title(f"Held-out {LOGPS[key]} LogPS, {negatives} pairs", loc="left", fontsize=11)
         panel.grid(color="#e4e4e4")
         panel.spines[["top", "right"]].set_visible(False)
+        panel.set(ylabel="nats a token", xlabel="optimiser step of stage 2")
         for name in args.methods:
             title, _, color, dashes = METHODS[name]
-            runs = [stage_2(args, seed, name, rate) for seed in args.seeds]
+            rate = best_rate(args, negatives, name)
+            runs = [run_directory(args, negatives, name, rate, seed) for seed in args.seeds]
             curves = [held_out_curve(run) for run in runs if (run / "final").is_dir()]
             curves = [[(line["step"], line[key]) for line in curve] for curve in curves if curve and key in curve[0]]
             for curve in curves:
@@ -359,51 +266,43 @@ def draw(args, path: Path) -> None:
             if curves:
                 mean = np.mean(curves, axis=0).T  # steps, values
                 [handles[title]] = panel.plot(*mean, dashes, color=color, linewidth=2.2, marker="o", markersize=3)
-    for panel in panels[-1]:
-        panel.set_xlabel("optimiser step of stage 2")
-    for panel in panels[:, 0]:
-        panel.set_ylabel("nats a token")
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="model directory or hub id")
-    add("--traces", required=True, type=Path, help="parquet or JSONL file, or a directory of them")
-    add("--output", type=Path, default=Path("out/real"), help="directory")
-    add("--rows", type=positive_int, default=2000, help="rows of the traces that are used, from their start")
-    add("--held-out", type=positive_int, default=200, help="problems never trained on")
-    add("--problems", type=positive_int, help="of these, sampled from every model (default: all)")
-    add("--eval-pairs", type=positive_int, default=20, help="held-out pairs whose LogPS are measured")
-    add("--eval-every", type=positive_int, default=6, help="steps between these measurements")
-    add("--max-prompt-tokens", type=positive_int, default=192, help="rows with a longer prompt are not trained on")
-    add("--max-response-tokens", type=positive_int, default=192, help="pairs with a longer response are left out")
-    add("--prepare-flags", default="", help="more for prepare_data.py, as in --prepare-flags='--pairs-per-problem 3'")
+    add("--train", required=True, type=Path, metavar="FILE", help="JSONL: id, problem, answer, generations")
+    add("--validation", required=True, type=Path, metavar="FILE", help="the same; decides nothing but --rates")
+    add("--test", required=True, type=Path, metavar="FILE", help="JSONL: id, problem, answer")
+    add("--output", type=Path, default=Path("out/student"), help="directory")
+    add("--prefill", default="", help="start of every response, forced in evaluation")
+    add("--max-tokens", type=positive_int, default=512, help="longer sequences, prompt included, are not trained on")
     add("--sft", type=Path, metavar="DIRECTORY", help="begin stage 2 from this model instead of making one by SFT")
-    add("--sft-steps", type=positive_int, default=60, help="updates of SFT")
-    add("--sft-batch-size", type=positive_int, default=8, help="rows an update of SFT")
-    add("--sft-rate", type=positive, default=2e-4, help="peak learning rate of SFT")
-    add("--steps", type=positive_int, default=24, help="updates of stage 2")
-    add("--pairs", type=positive_int, default=4, help="pairs an update; SFT continued takes twice as many rows")
-    add("--rates", type=positive, nargs="+", default=[3e-5, 2e-4], help="peak learning rates of stage 2")
+    add("--sft-steps", type=positive_int, default=84, help="updates of SFT")
+    add("--sft-batch-size", type=positive_int, default=16, help="rows an update of SFT")
+    add("--sft-rate", type=positive, default=1e-5, help="peak learning rate of SFT")
+    add("--steps", type=positive_int, default=23, help="updates of stage 2")
+    add("--pairs", type=positive_int, default=16, help="pairs an update; SFT continued takes twice as many rows")
+    add("--rates", type=positive, nargs="+", default=[1e-6, 2e-6], help="peak learning rates of stage 2")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of stage 2")
-    add("--seeds", type=count, nargs="+", default=[0, 1, 2], help="of the order of the rows, and of samples")
-    add("--samples", type=positive_int, default=1, help="of each held-out problem")
-    add("--temperature", type=not_negative, default=0.0, help="of the samples; 0 is greedy")
-    add("--max-new-tokens", type=positive_int, default=192, help="of a sample")
-    add("--decoded-together", type=positive_int, default=64, help="samples side by side in evaluation")
+    add("--negatives", nargs="+", choices=NEGATIVES, default=list(NEGATIVES), help="whose wrong responses")
+    add("--own-samples", type=positive_int, default=4, help="of each training problem, for own pairs")
+    add("--own-pairs", type=positive_int, default=1, help="own pairs a problem at most")
+    add("--seeds", type=count, nargs="+", default=[0, 1, 2], help="of the order of the rows")
+    add("--samples", type=positive_int, default=4, help="of each problem of --validation and --test")
+    add("--temperature", type=not_negative, default=0.6, help="of the samples; 0 is greedy")
+    add("--max-new-tokens", type=positive_int, default=256, help="of a sample")
+    add("--tile", type=positive_int, default=16, help="evaluate.py's: samples in one call of the model on a CPU")
+    add("--eval-every", type=positive_int, default=8, help="steps between measurements of the validation pairs' LogPS")
+    add("--save-every", type=count, default=20, help="steps between checkpoints; 0 for none")
     add("--micro-batch-tokens", type=positive_int, default=1024, help="tokens in memory at once")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation; bfloat16 on a GPU")
-    add("--jobs", type=positive_int, default=1, help="runs side by side")
     add("--threads", type=positive_int, default=os.cpu_count(), help="of each command; other numbers round differently")
-    add("--keep-models", action="store_true", help="keep the weights of stage 2 when they have been evaluated")
-    add("--part", choices=("all", "first half", "second half"), default="all", help="of the problems, for the table")
     add("--table", action="store_true", help="only the table and the figure, of what is done so far")
-    args = parser.parse_args(argv)
-    args.problems = min(args.problems or args.held_out, args.held_out)
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

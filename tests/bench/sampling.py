@@ -30,7 +30,9 @@ from redi.model import CausalLM  # noqa: E402
 SHAPES = {
     "standard": {"vocab_size": 32_000, "hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6},
     "wide-vocabulary": {"vocab_size": 151_936, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4},
-}
+    "0.5B": {"vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+             "num_hidden_layers": 24},
+}  # fmt: skip
 
 
 def main() -> None:
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="standard")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--rows", type=int, default=16, help="rows of our decoding batch")
+    parser.add_argument("--tile", type=int, default=16, help="rows in one call of our model")
     parser.add_argument("--longest", type=int, default=734, help="tokens of the longest response")
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--turns", type=int, default=3)
@@ -53,8 +56,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         config = {
-            "model_type": "qwen2", **SHAPES[args.shape], "num_hidden_layers": 8, "num_key_value_heads": 2,
-            "max_position_embeddings": 4096, "tie_word_embeddings": True,
+            "model_type": "qwen2", "num_hidden_layers": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+            "tie_word_embeddings": True, **SHAPES[args.shape],
         }  # fmt: skip
         model = CausalLM(parse_config(config))
         model.init_weights(seed=0)
@@ -64,7 +67,7 @@ def main() -> None:
 
     def ours(lengths, temperature=0.6):
         requests = [Request(ids, sample_key(0, str(i), 0), n) for i, (ids, n) in enumerate(zip(prompts, lengths))]
-        samples = sorted(generate(model, requests, (), temperature, args.top_p, args.rows))
+        samples = sorted(generate(model, requests, (), temperature, args.top_p, args.rows, tile=args.tile))
         return [ids for _, ids, _ in samples]
 
     def theirs(lengths, temperature=0.6):
@@ -96,7 +99,7 @@ def main() -> None:
             assert [len(ids) for ids in samples] == lengths
     print(
         f"{args.shape}, {args.prompts} responses of {min(lengths)} to {max(lengths)} tokens (mean "
-        f"{sum(lengths) / len(lengths):.0f}), rows {args.rows}, top-p {args.top_p}, torch {torch.__version__}, "
+        f"{sum(lengths) / len(lengths):.0f}), rows {args.rows}, tile {args.tile}, top-p {args.top_p}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, one thread, median [min, max] of {args.turns}"
     )
     for name, values in rates.items():
