@@ -4,13 +4,13 @@ r"""Decide whether a final answer equals the gold answer. One file on sympy: cop
     python answer_checker.py --file rows.jsonl       rows with "gold" and "prediction" or "response"
 
 The public functions are at the end; the parts stand in the order in which an answer passes through them. A new word or
-unit belongs in a table, a new notation in a cleaning rule (or in the grammar, if it nests), a new kind of object in the
-grammar and in the comparison. No text reaches eval, sympify or another parser. sympy keeps sums, products and integer
-powers canonical; roots, functions, e, i and pi are atoms to it, since its own rules for these can run for hours.
-mpmath, at 120 digits, decides whether a difference that did not cancel is zero, at fixed pseudo-random points if it
-has variables. An answer that cannot be read equals only the same text: sums, integrals, limits, unknown commands, words
-that may change the value. Of several readings the usual one is taken: 1\frac{3}{4} is a mixed number, 1/2x is x/2, log
-has any one base, (a, b) is a point or an open interval, several variables are positive.
+unit belongs in a table (a unit of two words needs a cleaning rule that joins them), a new notation in a cleaning rule
+(or in the grammar, if it nests), a new kind of object in the grammar (Node, times) and in the comparison. No text
+reaches eval, sympify or another parser. sympy keeps sums, products and integer powers canonical; roots, functions, e, i
+and pi are atoms to it, since its own rules for these can run for hours. mpmath, at 120 digits, decides whether a
+difference is zero, at fixed pseudo-random points if it has variables. An answer that cannot be read equals only the
+same text: sums, integrals, unknown commands, words that may change the value. Of several readings the usual one is
+taken: 1/2x is x/2, log has any one base, (a, b) is a point or an open interval, several variables are positive.
 """
 import collections
 import dataclasses
@@ -53,133 +53,110 @@ class Budget:
 
 
 # 2. Tables
-OPERATORS = {  # commands that are tokens under their own name
-    "in", "notin", "cup", "cap", "setminus", "pm", "mp", "over", "choose", "mod", "pmod", "rfloor", "rceil", "newline",
-    "choice"}  # (C) 12, written by a cleaning rule
+OPERATORS = {  # commands that are tokens under their own name; a cleaning rule writes \choice, for (C) 12
+    "in", "notin", "cup", "cap", "setminus", "pm", "mp", "over", "choose", "mod", "pmod", "rfloor", "rceil", "choice"}
 SPELLINGS = {  # a token: other commands (without their backslash) and characters that spell it
-    "*": ("cdot", "times", "ast"), "/": ("div", "slash"), ",": (";",), ":": ("colon",), "|": ("mid",),
-    "=": ("==", ":=", "equiv"), "!=": ("ne", "neq"), "~": ("approx", "thickapprox", "simeq"), "<": ("lt",),
-    ">": ("gt",), "<=": ("le", "leq", "leqq", "leqslant"), ">=": ("ge", "geq", "geqq", "geqslant"),
-    "->": ("to", "rightarrow"), "and": ("land", "wedge"), "or": ("lor", "vee"), "mod": ("bmod",),
-    "cup": ("bigcup", "cupdot"), "cap": ("bigcap",), "setminus": ("backslash",),
-    "(": ("lparen", "langle"), ")": ("rparen", "rangle"), "[": ("lbrack",), "]": ("rbrack",),
-    "{{": (r"\{", "lbrace"), "}}": (r"\}", "rbrace"),  # of sets; { and } only group
-    "'": ("prime",), "°": ("degree", "textdegree"), "%": (r"\%",), "newline": (r"\\", "cr"),
-    "frac": ("dfrac", "tfrac", "cfrac", "sfrac", "nicefrac", "xfrac"), "binom": ("dbinom", "tbinom"),
-    "infty": ("infinity", "inf", "oo"), "emptyset": ("varnothing",), "tan": ("tg",), "cot": ("ctg",),
-    "arcsin": ("asin",), "arccos": ("acos",), "arctan": ("atan", "arctg"),
+    "*": ("cdot", "times", "ast"), "/": ("div",), ",": (";",), ":": ("colon",), "|": ("mid",), "'": ("prime",),
+    "=": ("==", ":=", "equiv"), "!=": ("ne", "neq"), "~": ("approx", "simeq"), "<": ("lt",), ">": ("gt",),
+    "<=": ("le", "leq", "leqslant"), ">=": ("ge", "geq", "geqslant"), "->": ("to", "rightarrow"), "mod": ("bmod",),
+    "and": ("land", "wedge"), "or": ("lor", "vee"), "cup": ("bigcup",), "cap": ("bigcap",), "setminus": ("backslash",),
+    "(": ("langle",), ")": ("rangle",), "{{": (r"\{", "lbrace"), "}}": (r"\}", "rbrace"),  # sets; { and } only group
+    "°": ("degree",), "%": (r"\%",), "newline": (r"\\",), "infty": ("infinity", "inf", "oo"),
+    "frac": ("dfrac", "tfrac", "cfrac", "sfrac", "nicefrac"), "binom": ("dbinom", "tbinom"),
+    "emptyset": ("varnothing",), "arcsin": ("asin",), "arccos": ("acos",), "arctan": ("atan",),
     "arcsinh": ("arsinh", "asinh"), "arccosh": ("arcosh", "acosh"), "arctanh": ("artanh", "atanh")}
 TOKEN_OF = {spelling: token for token, spellings in SPELLINGS.items() for spelling in spellings}
 LETTERS = {  # commands that name a variable or a constant
-    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
-    "pi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi",
-    "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega", "ell", "hbar", "mho"}
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "kappa", "lambda", "mu", "nu", "xi", "pi",
+    "rho", "sigma", "tau", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma",
+    "Phi", "Psi", "Omega", "ell", "hbar"}
 DROPPED = {  # layout without meaning
-    "$", '"', r"\(", r"\)", r"\[", r"\]", "thinspace", "displaystyle", "textstyle", "limits", "normalsize", "large",
-    "nonumber", "boxed", "fbox", "text", "mathrm", "mathbf", "mathit", "mathsf", "mathcal", "mathfrak", "mathbb", "bm",
-    "boldsymbol", "bf", "rm", "it", "underline", "vec", "overrightarrow", "angle", "measuredangle", "triangle"}
+    "$", '"', r"\(", r"\)", r"\[", r"\]", "displaystyle", "textstyle", "limits", "large", "nonumber", "boxed", "fbox",
+    "text", "mathrm", "mathbf", "mathit", "mathcal", "mathbb", "boldsymbol", "bf", "rm", "underline", "vec",
+    "overrightarrow", "angle", "triangle"}
 MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array"}
 ENVIRONMENTS = MATRICES | {"aligned", "align", "gather", "gathered", "split", "cases", "dcases", "rcases"}
 RECIPROCAL = {"sec": "cos", "csc": "sin", "cot": "tan"}  # sec x = 1 / cos x
 TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan"}
 FUNCTIONS = TRIGONOMETRIC | {
     "ln", "log", "lg", "exp", "sqrt", "sinh", "cosh", "tanh", "arcsinh", "arccosh", "arctanh"}
-NAMED = FUNCTIONS | {  # and known names whose values are not computed
-    "abs", "floor", "ceil", "max", "min", "gcd", "lcm", "arg", "det", "deg", "dim", "Re", "Im", "sgn", "sign", "erf"}
+NAMED = FUNCTIONS | {"abs", "floor", "ceil", "max", "min", "gcd", "lcm", "det", "arg", "sgn"}  # not all are computed
 COMMANDS = NAMED | {"frac", "binom", "lfloor", "lceil", "infty", "emptyset"} | {"begin" + x for x in ENVIRONMENTS}
 
-UNITS = [  # powers of the base units, and the names of units (a plural s is understood) with their sizes
+UNITS = [  # powers of the base units; names of units (metres and plurals in s are understood) and their sizes
     ({"m": 1}, {"mm": "0.001", "millimeter": "0.001", "cm": "0.01", "centimeter": "0.01", "m": "1", "meter": "1",
                 "km": "1000", "kilometer": "1000", "in": "0.0254", "inch": "0.0254", "inche": "0.0254", "ft": "0.3048",
-                "foot": "0.3048", "feet": "0.3048", "yd": "0.9144", "yard": "0.9144", "mile": "1609.344"}),
+                "foot": "0.3048", "feet": "0.3048", "yard": "0.9144", "mile": "1609.344"}),
     ({"m": 3}, {"ml": "1e-6", "milliliter": "1e-6", "liter": "0.001"}),
-    ({"s": 1}, {"ms": "0.001", "s": "1", "sec": "1", "second": "1", "min": "60", "minute": "60", "h": "3600",
-                "hr": "3600", "hour": "3600", "day": "86400", "week": "604800"}),
-    ({"year": 1}, {"month": "1/12", "yr": "1", "year": "1"}),
-    ({"kg": 1}, {"mg": "1e-6", "milligram": "1e-6", "g": "0.001", "gram": "0.001", "kg": "1", "kilogram": "1",
-                 "lb": "0.45359237", "pound": "0.45359237", "oz": "0.028349523125", "ounce": "0.028349523125"}),
-    ({"m": 1, "s": -1}, {"mph": "0.44704", "kph": "5/18"}),
+    ({"s": 1}, {"s": "1", "sec": "1", "second": "1", "min": "60", "minute": "60", "h": "3600", "hr": "3600",
+                "hour": "3600", "day": "86400", "week": "604800"}),
+    ({"year": 1}, {"month": "1/12", "year": "1"}),
+    ({"kg": 1}, {"mg": "1e-6", "g": "0.001", "gram": "0.001", "kg": "1", "kilogram": "1", "lb": "0.45359237",
+                 "pound": "0.45359237", "oz": "0.028349523125", "ounce": "0.028349523125"}),
+    ({"m": 1, "s": -1}, {"mph": "0.44704"}),
     ({"kg": 1, "m": 1, "s": -2}, {"n": "1", "newton": "1"}),
     ({"kg": 1, "m": 2, "s": -2}, {"j": "1", "joule": "1"}),
-    ({"dollar": 1}, {"cent": "0.01", "penny": "0.01", "pennie": "0.01", "dollar": "1", "usd": "1"}),
-    ({"euro": 1}, {"euro": "1", "eur": "1"}),
+    ({"dollar": 1}, {"cent": "0.01", "dollar": "1", "usd": "1"}),
+    ({"euro": 1}, {"euro": "1"}),
     ({"unit": 1}, {"unit": "1"})]  # square units
-UNIT_OF = {}  # a name -> (size, powers)
-for _powers, _sizes in UNITS:
-    for _name, _size in _sizes.items():
-        for _form in (_name, _name.replace("meter", "metre").replace("liter", "litre")):
-            UNIT_OF[_form] = UNIT_OF[_form + "s" if len(_form) > 2 else _form] = (Fraction(_size), _powers)
+UNIT_OF = {name: (Fraction(size), powers) for powers, sizes in UNITS for name, size in sizes.items()}
 POWER_WORDS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
-MULTIPLIERS = {
-    "dozen": Fraction(12), "hundred": Fraction(100), "thousand": Fraction(10**3), "million": Fraction(10**6),
-    "billion": Fraction(10**9), "trillion": Fraction(10**12), "tenth": Fraction(1, 10), "tenths": Fraction(1, 10),
-    "hundredth": Fraction(1, 100), "hundredths": Fraction(1, 100), "thousandths": Fraction(1, 1000)}
+MULTIPLIERS = {  # numerator, denominator
+    "dozen": (12, 1), "hundred": (100, 1), "thousand": (10**3, 1), "million": (10**6, 1), "billion": (10**9, 1),
+    "trillion": (10**12, 1), "tenth": (1, 10), "tenths": (1, 10), "hundredth": (1, 100), "hundredths": (1, 100)}
 NUMERALS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
-            "nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50}
-CURRENCIES = {"dollar", "usd", "pound", "euro", "eur", "yen"}  # may stand before the number, and are units there
+            "nine": 9, "ten": 10, "eleven": 11, "twelve": 12}
+CURRENCIES = {"dollar", "usd", "pound", "euro", "yen"}  # may stand before the number, and are units there
 FILLERS = {  # say nothing: they may stand before a value, and are ignored behind it
-    "a", "an", "the", "so", "thus", "hence", "therefore", "then", "we", "get", "have", "has", "had", "find", "there",
-    "it", "is", "are", "was", "were", "be", "will", "would", "equals", "equal", "to", "in", "our", "final", "correct",
-    "answer", "answers", "result", "value", "values", "solution", "solutions", "total", "exactly", "approximately",
-    "about", "roughly", "just", "only", "st", "nd", "rd", "th"}
+    "a", "an", "the", "so", "thus", "hence", "therefore", "we", "get", "have", "has", "find", "there", "it", "is",
+    "are", "was", "were", "equals", "equal", "to", "in", "our", "final", "correct", "answer", "answers", "result",
+    "value", "values", "solution", "solutions", "total", "exactly", "approximately", "about", "roughly", "only"}
 TITLES = {  # name the value: they may stand before it as well
-    "age", "amount", "angle", "area", "average", "box", "case", "choice", "class", "cost", "count", "day", "degree",
-    "diameter", "difference", "digit", "distance", "domain", "door", "expression", "figure", "game", "group", "height",
-    "interval", "item", "length", "level", "mass", "maximum", "mean", "median", "minimum", "mode", "number", "option",
-    "page", "part", "perimeter", "plan", "player", "point", "points", "price", "probability", "product", "profit",
-    "question", "quotient", "radius", "range", "rate", "ratio", "remainder", "room", "row", "set", "slope", "speed",
-    "statement", "statements", "step", "sum", "team", "temperature", "time", "type", "volume", "weight", "width"}
+    "age", "amount", "angle", "area", "average", "box", "case", "choice", "class", "cost", "day", "degree", "diameter",
+    "difference", "digit", "distance", "domain", "door", "figure", "game", "group", "height", "interval", "item",
+    "length", "maximum", "mean", "median", "minimum", "mode", "number", "option", "page", "part", "perimeter", "plan",
+    "player", "point", "points", "price", "probability", "product", "profit", "quotient", "radius", "range", "rate",
+    "ratio", "remainder", "room", "row", "slope", "speed", "statement", "statements", "step", "sum", "team",
+    "temperature", "time", "type", "volume", "weight", "width"}
 CHANGING = {  # change the value: an answer with one of these behind it equals only the same text
-    "squared", "cubed", "square", "cubic", "factorial", "half", "halves", "third", "thirds", "quarter", "fourths",
-    "fifths", "sixths", "eighths", "double", "doubled", "twice", "triple", "tripled", "root", "power", "inverse",
-    "reciprocal", "opposite", "plus", "minus", "mod", "modulo",  # operations
+    "squared", "cubed", "square", "cubic", "factorial", "half", "halves", "third", "thirds", "quarter", "quarters",
+    "fourths", "fifths", "sixths", "eighths", "double", "doubled", "twice", "triple", "tripled", "root", "power",
+    "inverse", "reciprocal", "opposite", "plus", "minus", "mod", "modulo",  # operations
     "more", "less", "least", "most", "greater", "larger", "bigger", "smaller", "fewer", "higher", "lower", "above",
-    "below", "over", "under", "exceeding", "beyond", "almost", "nearly", "between", "through", "until",  # comparisons
-    "north", "south", "east", "west", "northeast", "northwest", "southeast", "southwest", "left", "right", "up",
-    "down", "upward", "upwards", "downward", "downwards", "backward", "backwards", "forward", "forwards", "clockwise",
+    "below", "over", "under", "beyond", "almost", "nearly", "between", "through", "until",  # comparisons
+    "north", "south", "east", "west", "northeast", "northwest", "southeast", "southwest", "left", "right", "up", "down",
+    "upward", "upwards", "downward", "downwards", "backward", "backwards", "forward", "forwards", "clockwise",
     "counterclockwise", "anticlockwise", "negative", "positive", "loss", "debt", "deficit", "deposit", "withdrawal",
     "decrease", "increase", "ago", "early", "late",  # directions and signs
     "no", "not", "cannot", "never", "neither", "nor", "none", "non", "without", "except", "excluding", "unless",
-    "wrong", "incorrect", "false", "invalid", "impossible", "undefined", "unknown", "maybe", "perhaps", "possibly",
-    "rejected", "extraneous",  # negations and verdicts
+    "wrong", "incorrect", "false", "invalid", "impossible", "undefined", "unknown", "maybe", "perhaps",  # verdicts
     "odd", "even", "prime", "composite", "imaginary", "infinite", "repeating", "recurring"}  # classes of numbers
 SHORT_WORDS = {  # of two or three letters, without \text: a word here, and not a product of variables
-    "is", "of", "to", "if", "as", "no", "am", "pm", "sq", "the", "are", "was", "has", "had", "get", "our", "ago", "odd",
-    "not", "nor", "non", "one", "two", "six", "ten", "per", "all", "any", "yes", "for"}
+    "is", "of", "to", "if", "no", "am", "pm", "the", "are", "was", "has", "ago", "odd", "not", "one", "two", "six",
+    "ten", "per", "all", "any", "yes", "for"}
 UNICODE = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "×": "*", "·": "*", "∙": "*", "⋅": "*", "÷": "/", "∕": "/", "⁄": "/",
     "≤": "<=", "⩽": "<=", "≥": ">=", "⩾": ">=", "≠": "!=", "≈": "\\approx ", "≡": "\\equiv ", "→": "\\to ",
     "∞": "\\infty ", "√": "\\sqrt ", "∛": "\\sqrt[3] ", "±": "\\pm ", "∓": "\\mp ", "∶": ":", "∣": "|",
     "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∉": "\\notin ", "∖": "\\setminus ", "∅": "\\emptyset ",
-    "∧": "\\land ", "∨": "\\lor ", "¬": "\\neg ", "°": "\\degree ", "º": "\\degree ", "∘": "\\circ ", "∠": "",
-    "′": "'", "″": "''", "‘": "'", "’": "'", "“": "", "”": "", "⟨": "\\langle ", "〈": "\\langle ", "⟩": "\\rangle ",
-    "〉": "\\rangle ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ",
-    "£": '"pound ', "€": '"euro ', "¥": '"yen ', "￥": '"yen ', "¢": '"cents '}
-UNICODE.update({digit: ",%d" % n for n, digit in enumerate("①②③④⑤⑥⑦⑧⑨", 1)})  # numbered answers
-for _mark, _scripts in (("^", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"), ("_", "₀₁₂₃₄₅₆₇₈₉")):
-    UNICODE.update({script: _mark + "{%s}\0" % plain for script, plain in zip(_scripts, "0123456789+-n")})
+    "∧": "\\land ", "∨": "\\lor ", "°": "\\degree ", "º": "\\degree ", "∘": "\\circ ", "∠": "", "′": "'", "’": "'",
+    "“": "", "”": "", "⟨": "\\langle ", "⟩": "\\rangle ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ",
+    "⌉": "\\rceil ", "£": '"pound ', "€": '"euro ', "¥": '"yen ', "¢": '"cent '}
+FORMATS = {"<super>": "^{%s}\0", "<sub>": "_{%s}\0", "<circle>": ",%s"}  # of characters that NFKC decomposes
 
 
 # 3. Cleaning: rules that turn the many spellings of LaTeX and prose into uniform text
 # In uniform text each word has a quote before it ("cm), each function a backslash, and each unknown name an @.
+# With its rule an example equals the other answer, without it it does not (the tests try both). A pattern is searched
+# for only in texts with the trigger, which is quicker to find ("" if there is none).
 Rule = collections.namedtuple("Rule", "name example equal trigger pattern replacement")
-RULES = []
-
-
-def rule(name, example, equal, trigger, pattern, replacement):
-    """Add a rule. With it the example equals the other answer, without it it does not (the tests try both).
-
-    The pattern matches only where the trigger occurs, a text that is faster to search for ("" if there is none).
-    """
-    RULES.append(Rule(name, example, equal, trigger, re.compile(pattern), replacement))
 
 
 def mark_word(word, before, behind, font=""):
-    """A run of letters between two texts, uniformly: functions with a backslash, words with a quote.
-
-    font: the command around it ("text", "mathrm", "operatorname"), "" if there is none.
-    """
+    """A run of letters between two texts, marked. font: the command around it, as "text" or "mathrm", or ""."""
     low, name, after = word.lower(), TOKEN_OF.get(word, word), behind.lstrip()[:1]
+    singular = low.replace("metre", "meter").replace("litre", "liter").removesuffix("s")
+    low = singular if singular in UNIT_OF and len(singular) > 1 else low
     last, roman = before.rstrip(" ~\\,(")[-1:], font in ("mathrm", "operatorname")
     follows_number = last.isdigit() or last == "}"
     if low in ("and", "or"):  # but OR = 5 and \frac{AND}{B} are names of segments
@@ -195,11 +172,10 @@ def mark_word(word, before, behind, font=""):
         return "@%s " % word
     if low in UNIT_OF:
         is_word = len(word) > 2 or word == low and follows_number
-    elif low in ("st", "nd", "rd", "th"):
-        is_word = before[-1:].isdigit()
     else:
         is_word = low in SHORT_WORDS and (len(word) > 2 or not after or after.isalnum() or after in ".,")
         is_word = is_word or follows_number and re.match(r" [A-Za-z]{4}", behind)  # 5 red apples
+        is_word = is_word or len(word) > 2 and word.istitle() and not (before + behind).strip()  # Bob is not obB
     is_word = font or is_word or len(word) > 3 and after not in ("^", "_")
     return word if not is_word else '"%s ' % (low if len(word) > 1 else word)
 
@@ -218,90 +194,86 @@ def repeating_decimal(match):
     return r"(%s.%s0+\frac{%s}{%s})" % (match[1] or 0, match[2], period, "9" * len(period) + "0" * len(match[2]))
 
 
-def derivative(match):
-    """dy/dx as one name, so that d does not cancel."""
-    return " D_{%s} " % re.sub(r"[^A-Za-z0-9]", "", match[0].replace("frac", ""))
-
-
 LONGEST_FIRST = "|".join(sorted(FUNCTIONS | {"pi"}, key=lambda name: (-len(name), name)))
 RELATION = r"(?:=|<|>|\\(?:leq?|geq?|neq?|approx|equiv)(?![A-Za-z]))"
 
-rule("brace of a system", r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.", "x=1, y=2", r"\right",
-     r"\\left\s*\\\{(?=.*\\right\s*\.)", "")
-rule("size and colour", r"\left.\textcolor{red}{5}\right.", "5", "\\",
-     r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", " ")
-rule("digit groups of LaTeX", r"1{,}000\,000", "1000000", "",
-     r"(?<=\d)\s*(?:,\s*\\!|\{,\}|\\[,;: !]|~)\s*(?=\d{3}(?!\d))", "")
-rule("spacing", r"\{x\,|\,x>1\}", "x>1", "", r"~|(?<!\\)\\(?:[,;:!> ]|q?quad(?![a-z]))", " ")
-rule("digit groups with spaces", "1 000 000", "1000000", " ",
-     r"(?<![\d.,\w}])\d{1,3}(?: \d{3})+(?![\d.])", lambda match: match[0].replace(" ", ""))
-rule("repeating decimal", r"0.\dot{1}4285\dot{7}", r"\frac{1}{7}", ".",
-     r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*\{(\d+)\}|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)",
-     repeating_decimal)
-rule("number in brackets", "(1010)_2", "1010_2", "_", r"[({]\s*(\d[\dA-F]*)\s*[)}]\s*(?=_\s*[\d{])", r"\1")
-rule("name in braces", "{g}_{k}", "g_k", "{", r"\{\s*(\\?[A-Za-z]+)\s*\}(?=\s*_)", r" \1")
-rule("clock time", r"4:30\text{ p.m.}", "4:30 pm", ":",
-     r"(?i)(\d[\s~]*(?:\\(?:text|mathrm|mbox)\s*\{\s*|\\[ ,])?)([ap])\.?\s?m(?![a-z^_])\.?",
-     lambda match: match[1] + match[2].lower() + "m ")
-rule("end of a row", r"\begin{cases}x=1,\\y=2\\\end{cases}", "x=1, y=2", "\\begin",
-     r"[,;]\s*(?=&|\\\\|\\end)|(?:\\\\|\.)\s*(?=\\end)", "")
-rule("environment", r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)", "\\begin",
-     r"\\(begin|end)\s*\{([A-Za-z]*)\*?\}(?:\s*[\[{][lcr|\s]*[\]}])?", r"\\\1\2 ")
-rule("alignment", r"\begin{align*}x&=1\\y&=2\end{align*}", "x=1, y=2", "&",
-     r"&\s*(?=%s)|(%s|\\begin(?:aligned|align|gather|split)|\\\\)\s*&" % (RELATION, RELATION), r"\1 ")
-rule("derivative", r"\frac{dy}{dx}=2x", "2x", "d",
-     r"\\[dt]?frac\s*\{\s*d(?:\^\{?\d\}?)?\s*\\?[A-Za-z]*\s*\}\s*\{\s*d\s*\\?[A-Za-z]+(?:\^\{?\d\}?)?\s*\}"
-     r"|(?<![A-Za-z\\])d[a-zA-Z]\s*/\s*d[a-z](?![A-Za-z])", derivative)
-rule("dollar sign of an amount", "$0.50", r"50\text{ cents}", "$", r"\\?\$(?=\s*-?[\d.])|\\\$", r'"dollar ')
-rule("fonts and names of operators", r"\mathrm{e}+\operatorname{arsinh}(0)", "e", "\\",
-     r"\\(text(?:bf|it|rm|sf|tt|sc|normal)?|mbox|hbox|emph|mathrm|operatorname)\*?\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
-     mark_font)
-rule("functions beside letters", "xsinx", r"x\sin x", "",
-     r'(?<![\\A-Za-z"@])([a-z]?)(%s)([a-z]?)(?![A-Za-z])' % LONGEST_FIRST, r"\1\\\2 \3")
-rule("words without a font", "5 apples", "5", "", r'(?<![\\A-Za-z"@])[A-Za-z]{2,}',
-     lambda match: mark_word(match[0], match.string[: match.start()], match.string[match.end() : match.end() + 9]))
-rule("condition of a case", r"\begin{cases}x, \text{if }x>0\\-x, \text{if }x<0\end{cases}",
-     r"\begin{cases}x & x>0\\-x & x<0\end{cases}", "\\begin", r'(?:&|,|\s)*"(?:if|for|when)\s', "&")
-rule("fraction of words", r"60\frac{\text{miles}}{\text{hour}}", "60 miles per hour", '"',
-     r'\\frac\s*\{\s*("[^{}]*)\}\s*\{\s*("[^{}]*)\}', r'\1 "per \2')
-rule("choice", r"\textbf{(C)}", "C", "",
-     r'^\s*(?:"(?:the|answer|is|option|choice)\s+)*[\s($]*"?([A-J])[\s).$]*$', r"\1")
-rule("choice with its value", r"\textbf{(C) } 12", "C", "", r'^\s*\(?\s*"?([A-J])\s*[).]\s+(?=[\w\\$.(-])',
-     r"\1\\choice ")
-rule("label with a colon", r"\text{Answer: } 5", "5", ":", r'^((?:\s*"[a-z]+ )+)\s*:', r"\1=")
-rule("power of programming languages", "x**2", "x^2", "**", r"\*\*", "^")
-rule("degrees in words", r"180\text{ degrees}", r"\pi", '"degree', r'"degrees? ', r"\\degree ")
-rule("percent in words", r"62.5\text{ percent}", "0.625", '"percent', r'"percent ', r"\\% ")
-rule("all real numbers", r"\text{all real numbers}", r"(-\infty,\infty)", '"', r'"all\s+"real(?:s|\s+"numbers)', "R")
-rule("remark", r"5\text{ (since }x>0)", "5", "",
-     r'(?<=\S)[\s,;(]*(?:"(?:where|such|given|since|because|provided|with)\s|\\forall'
-     r'|"(?:if|when|for|as)\s(?!.*(?:,|\\land|\\lor|"if|"otherwise)))(?:[^()\[\]{}]|\{[^{}]*\}|\([^()]*\))*\)?$',
-     lambda match: match[0] if r"\begin" in match.string else "")
-rule("range of a parameter", r"2k\pi, k \in \mathbb{Z}", r"2k\pi", r"\in",
-     r"(?<=[^\s,;(])\s*[,;(]\s*\(?[A-Za-z]\s*\\in\s*(?:\\mathbb|\\mathbf)?\s*\{?\s*[ZNQ]\s*\}?\s*\)?\s*$", "")
-rule("set-builder", r"\left\{x\in\mathbb{R} \mid x\ge 1\right\}", r"[1,\infty)", r"\{",
-     r"^\s*(?:[A-Za-z]\s*=)?\s*\\\{\s*\\?[A-Za-z]+\s*(?:\\in\s*(?:\\math\w+\s*)?\{?\s*R\s*\}?\s*)?"
-     r'(?:\||\\mid(?![a-z])|:|"such\s+"that\s)(.*)\\\}\s*$', r"\1")
-rule("bars", r"\lvert x\rvert", r"\operatorname{abs}(x)", "", r"\\[lr]?[vV]ert(?![a-z])|\\\|", "|")
-rule("absolute value", "|x-1|", "|1-x|", "|", r"\|([^|]*)\|", r"\\abs(\1)")
-rule("empty braces", r"\{\}", r"\emptyset", r"\{", r"\\\{\s*\\\}", r"\\emptyset ")
-rule("reversed brackets", "]0,1[", "(0,1)", "]", r"^\s*\](.*)([\[\]])\s*$",
-     lambda match: "(" + match[1] + {"[": ")", "]": "]"}[match[2]])
-rule("variant letters", r"\varphi", r"\phi", "\\var", r"\\var(phi|epsilon|theta)(?![a-z])", r"\\\1 ")
-rule("digits as arguments", r"\frac12", "0.5", "\\", r"(\\(?:[dtcsx]?frac|nicefrac|[dt]?binom))\s*(\d\s*\d?)",
-     lambda match: match[1] + re.sub(r"(\d)\s*", r"{\1}", match[2]))
-rule("degree sign", r"30^{\circ}", "30", "circ",
-     r"\^\s*\{\s*\\circ\s*([CF]?)\s*\}|(?:\^|(?<=[\d}]))\s*\\circ(?![a-z])", r"\\degree \1")
-rule("temperature", r"72^\circ F", "72", r"\degree", r'(?<=\\degree)\s*"?([CF])(?![A-Za-z])',
-     lambda match: {"C": ' "celsius ', "F": ' "fahrenheit '}[match[1]])
-rule("product as a denominator", "t/RC", r"\frac{t}{RC}", "/", r"(?<=[\w})])/([A-Za-z]{2,})(?![A-Za-z(_^])", r"/(\1)")
-rule("prime", r"f^\prime(x)=2x", "f'(x)=2x", "prime", r"\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z]))",
-     lambda match: "'" * match[0].count("prime"))
-rule("inverse function", "f^{-1}(x)=x-1", "x-1", "^", r"(?<![A-Za-z\\])([fgh])\s*\^\s*\{\s*-\s*1\s*\}\s*(?=\()",
-     r"\1_{-1}")
-rule("ordinal", r"5^{\text{th}}", "5", "^", r'\^\s*\{\s*"?(?:th|st|nd|rd)\s*\}', "")
-rule("residue class", r"x\equiv 3\ (\bmod 7)", r"x\equiv 3\pmod 7", "mod",
-     r"\(\s*\\b?mod(?![A-Za-z])([^()]*)\)", r"\\pmod{\1}")
+RULES = [
+    Rule("brace of a system", r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.", "x=1, y=2", r"\right",
+         r"\\left\s*\\\{(?=.*\\right\s*\.)", ""),
+    Rule("size and colour", r"\left.\textcolor{red}{5}\right.", "5", "\\",
+         r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?", " "),
+    Rule("digit groups of LaTeX", r"1{,}000\,000", "1000000", "",
+         r"(?<=\d)\s*(?:,\s*\\!|\{,\}|\\[,;: !]|~)\s*(?=\d{3}(?!\d))", ""),
+    Rule("spacing", r"\{x\,|\,x>1\}", "x>1", "", r"~|(?<!\\)\\(?:[,;:!> ]|q?quad(?![a-z]))", " "),
+    Rule("digit groups with spaces", "1 000 000", "1000000", " ",
+         r"(?<![\d.,\w}])\d{1,3}(?: \d{3})+(?![\d.])", lambda match: match[0].replace(" ", "")),
+    Rule("repeating decimal", r"0.\dot{1}4285\dot{7}", r"\frac{1}{7}", ".",
+         r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*\{(\d+)\}|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)",
+         repeating_decimal),
+    Rule("number in brackets", "(1010)_2", "1010_2", "_", r"[({]\s*(\d[\dA-F]*)\s*[)}]\s*(?=_\s*[\d{])", r"\1"),
+    Rule("name in braces", "{g}_{k}", "g_k", "{", r"\{\s*(\\?[A-Za-z]+)\s*\}(?=\s*_)", r" \1"),
+    Rule("clock time", r"4:30\text{ p.m.}", "4:30 pm", ":",
+         r"(?i)(\d[\s~]*(?:\\(?:text|mathrm|mbox)\s*\{\s*|\\[ ,])?)([ap])\.?\s?m(?![a-z^_])\.?", r"\1\2m "),
+    Rule("end of a row", r"\begin{cases}x=1,\\y=2\\\end{cases}", "x=1, y=2", "\\begin",
+         r"[,;]\s*(?=&|\\\\|\\end)|(?:\\\\|\.)\s*(?=\\end)", ""),
+    Rule("environment", r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)", "\\begin",
+         r"\\(begin|end)\s*\{([A-Za-z]*)\*?\}(?:\s*[\[{][lcr|\s]*[\]}])?", r"\\\1\2 "),
+    Rule("alignment", r"\begin{align*}x&=1\\y&=2\end{align*}", "x=1, y=2", "&",
+         r"&\s*(?=%s)|(%s|\\begin(?:aligned|align|gather|split)|\\\\)\s*&" % (RELATION, RELATION), r"\1 "),
+    Rule("derivative", r"\frac{dy}{dx}=2x", "2x", "d",  # one name, so that d does not cancel
+         r"\\[dt]?frac\s*\{\s*d(\^\{?\d\}?)?\s*\\?([A-Za-z]*)\s*\}\s*\{\s*d\s*\\?([A-Za-z]+)(?:\^\{?\d\}?)?\s*\}"
+         r"|(?<![A-Za-z\\])d([a-zA-Z])\s*/\s*d([a-z])(?![A-Za-z])", r" D_{\1\2\4 \3\5} "),
+    Rule("dollar sign of an amount", "$0.50", r"50\text{ cents}", "$", r"\\?\$(?=\s*-?[\d.])|\\\$", r'"dollar '),
+    Rule("fonts and names of operators", r"\mathrm{e}+\operatorname{arsinh}(0)", "e", "\\",
+         r"\\(text(?:bf|it|rm|sf|tt|sc|normal)?|mbox|hbox|emph|mathrm|operatorname)\*?\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
+         mark_font),
+    Rule("functions beside letters", "xsinx", r"x\sin x", "",
+         r'(?<![\\A-Za-z"@])([a-z]?)(%s)([a-z]?)(?![A-Za-z])' % LONGEST_FIRST, r"\1\\\2 \3"),
+    Rule("words without a font", "5 apples", "5", "", r'(?<![\\A-Za-z"@])[A-Za-z]{2,}',
+         lambda match: mark_word(match[0], match.string[: match.start()], match.string[match.end() : match.end() + 9])),
+    Rule("condition of a case", r"\begin{cases}x, \text{if }x>0\\-x, \text{if }x<0\end{cases}",
+         r"\begin{cases}x & x>0\\-x & x<0\end{cases}", "\\begin", r'(?:&|,|\s)*"(?:if|for|when)\s', "&"),
+    Rule("fraction of words", r"60\frac{\text{miles}}{\text{hour}}", "60 miles per hour", '"',
+         r'\\frac\s*\{\s*("[^{}]*)\}\s*\{\s*("[^{}]*)\}', r'\1 "per \2'),
+    Rule("choice", r"\textbf{(C)}", "C", "",
+         r'^\s*(?:"(?:the|answer|is|option|choice)\s+)*[\s($]*"?([A-J])[\s).$]*$', r"\1"),
+    Rule("choice with its value", r"\textbf{(C) } 12", "C", "", r'^\s*\(?\s*"?([A-J])\s*[).]\s+(?=[\w\\$.(-])',
+         r"\1\\choice "),
+    Rule("label with a colon", r"\text{Answer: } 5", "5", ":", r'^((?:\s*"[a-z]+ )+)\s*:', r"\1="),
+    Rule("power of programming languages", "x**2", "x^2", "**", r"\*\*", "^"),
+    Rule("degrees in words", r"180\text{ degrees}", r"\pi", '"degree', r'"degrees? ', r"\\degree "),
+    Rule("percent in words", r"62.5\text{ percent}", "0.625", '"percent', r'"percent ', r"\\% "),
+    Rule("all real numbers", r"\text{all real numbers}", r"\mathbb{R}", '"', r'"all\s+"real(?:s|\s+"numbers)', "R"),
+    Rule("remark", r"5\text{ (since }x>0)", "5", "",
+         r'(?<=\S)[\s,;(]*(?:"(?:where|such|given|since|because|provided|with)\s|\\forall'
+         r'|"(?:if|when|for|as)\s(?!.*(?:,|\\land|\\lor|"if|"otherwise)))(?:[^()\[\]{}]|\{[^{}]*\}|\([^()]*\))*\)?$',
+         lambda match: match[0] if r"\begin" in match.string else ""),
+    Rule("range of a parameter", r"2k\pi, k \in \mathbb{Z}", r"2k\pi", r"\in",
+         r"(?<=[^\s,;(])\s*[,;(]\s*[A-Za-z]\s*\\in\s*(?:\\math(?:bb|bf))?\s*\{?\s*[ZNQ]\s*\}?\s*\)?$", ""),
+    Rule("set-builder", r"\left\{x\in\mathbb{R} \mid x\ge 1\right\}", r"[1,\infty)", r"\{",
+         r"^\s*(?:[A-Za-z]\s*=)?\s*\\\{\s*\\?[A-Za-z]+\s*(?:\\in\s*(?:\\math\w+\s*)?\{?\s*R\s*\}?\s*)?"
+         r'(?:\||\\mid(?![a-z])|:|"such\s+"that\s)(.*)\\\}\s*$', r"\1"),
+    Rule("bars", r"\lvert x\rvert", r"\operatorname{abs}(x)", "", r"\\[lr]?[vV]ert(?![a-z])|\\\|", "|"),
+    Rule("absolute value", "|x-1|", "|1-x|", "|", r"\|([^|]*)\|", r"\\abs(\1)"),
+    Rule("empty braces", r"\{\}", r"\emptyset", r"\{", r"\\\{\s*\\\}", r"\\emptyset "),
+    Rule("reversed brackets", "]0,1[", "(0,1)", "]", r"^\s*\](.*)([\[\]])\s*$",
+         lambda match: "(" + match[1] + {"[": ")", "]": "]"}[match[2]]),
+    Rule("variant letters", r"\varphi", r"\phi", "\\var", r"\\var(phi|epsilon|theta)(?![a-z])", r"\\\1 "),
+    Rule("digits as arguments", r"\frac12", "0.5", "\\", r"(\\(?:[dtcsx]?frac|nicefrac|[dt]?binom))\s*(\d\s*\d?)",
+         lambda match: match[1] + re.sub(r"(\d)\s*", r"{\1}", match[2])),
+    Rule("degree sign", r"30^{\circ}", "30", "circ",
+         r"\^\s*\{\s*\\circ\s*([CF]?)\s*\}|(?:\^|(?<=[\d}]))\s*\\circ(?![a-z])", r"\\degree \1"),
+    Rule("temperature", r"72^\circ F", "72", r"\degree", r'(?<=\\degree)\s*"?([CF])(?![A-Za-z])',
+         lambda match: {"C": ' "celsius ', "F": ' "fahrenheit '}[match[1]]),
+    Rule("product as a denominator", "t/RC", "t/(RC)", "/", r"(?<=[\w})])/([A-Za-z]{2,})(?![A-Za-z(_^])", r"/(\1)"),
+    Rule("prime", r"f^\prime(x)=2x", "f'(x)=2x", "prime", r"\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z]))",
+         lambda match: "'" * match[0].count("prime")),
+    Rule("inverse function", "f^{-1}(x)=x-1", "x-1", "^", r"(?<![A-Za-z\\])([fgh])\s*\^\s*\{\s*-\s*1\s*\}\s*(?=\()",
+         r"\1_{-1}"),
+    Rule("ordinal", r"5^{\text{th}}", "5", "",
+         r'\^\s*\{\s*"?(?:th|st|nd|rd)\s*\}|(?<=\d)\s*"?(?:th|st|nd|rd)(?![A-Za-z])', ""),
+    Rule("residue class", r"x\equiv 3\ (\bmod 7)", r"x\equiv 3\pmod 7", "mod",
+         r"\(\s*\\b?mod(?![A-Za-z])([^()]*)\)", r"\\pmod{\1}")]
 
 GLUED_WORDS = re.compile(  # 72Ihopeitiscorrect: no unit, and no answer that a reward should pay for
     r"(?<=[\d}])(?!square|cubic|degrees?|[A-Z]+$)(?:[A-Za-z]{13}|[a-z]*[A-Z](?=[A-Za-z]{3}))")
@@ -314,9 +286,11 @@ def plain_character(char):
     name, plain = unicodedata.name(char, ""), unicodedata.normalize("NFKC", char)
     if greek := re.fullmatch("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)", name.replace("LAMDA", "LAMBDA")):
         return "\\%s " % (greek[2].lower() if greek[1] == "SMALL" else greek[2].capitalize())
-    if "\N{FRACTION SLASH}" in plain and char not in UNICODE:
+    if char in UNICODE or unicodedata.category(char) in ("Cf", "Cc"):
+        return UNICODE.get(char, "")
+    if "\N{FRACTION SLASH}" in plain:
         return r"\frac{%s}{%s}" % tuple(part or "1" for part in plain.split("\N{FRACTION SLASH}"))
-    return UNICODE.get(char, "" if unicodedata.category(char) in ("Cf", "Cc") else plain)
+    return FORMATS.get(unicodedata.decomposition(char).split(" ")[0], "%s") % UNICODE.get(plain, plain)
 
 
 def clean(text):
@@ -333,7 +307,7 @@ def clean(text):
         text = re.sub(r"(?<!\\)\$", " ", text)
     for _, _, _, trigger, pattern, replacement in RULES:
         if trigger in text:
-            text = pattern.sub(replacement, text)
+            text = re.sub(pattern, replacement, text)
     return re.sub(r"^(?:[\s=,:]|\\approx(?![a-z]))+", "", text).rstrip(" .,;\\")
 
 
@@ -355,8 +329,6 @@ def tokenize(text):
         kind, value = match.lastgroup, match[match.lastgroup]
         if kind == "words":
             value = " ".join(re.findall(r"[A-Za-z]+|/|\^[\s{]*-?\d+", value)).replace("{", "").replace("^ ", "^")
-            if tokens and tokens[-1][0] == "words":
-                value = tokens.pop()[1] + " " + value
         elif kind != "operator":
             value = re.sub(r'[\s"{}\\]', "", value) if len(value) > 1 else value
         else:
@@ -372,10 +344,9 @@ def tokenize(text):
 
 
 # 5. Safe construction: nothing else in this file makes or combines sympy objects
-# Why no text can hang it. A text is short, and so are its numbers; powers and factorials, which make longer ones, are
-# limited and charged to the budget, as is the common denominator of a sum. sympy gets rationals, symbols, Calls, their
-# sums, products and integer powers, and makes these canonical in polynomial time. It gets no root, function, e, i, pi
-# or infinity that it would know as such, so it never asks, evaluating without a limit, whether a number is zero.
+# Why no text can hang it: texts and their numbers are short; powers and factorials, which make longer ones, are limited
+# and charged to the budget, as is the common denominator of a sum. sympy gets rationals, symbols, Calls, their sums,
+# products and integer powers, which take polynomial time, and nothing of which it would ask whether it is zero.
 ENGINE = {}
 
 
@@ -472,10 +443,9 @@ def combinatorial(name, args, budget):
 # 6. Grammar: tokens to sympy expressions, and to Nodes for what is no expression
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """An answer that is no expression. kind: list, set, tuple, matrix, row, interval, relation, cup, cap, setminus,
-    ratio, unit, base, congruence, rounded, choice or infinity. note: a list's joint, an interval's ends, a relation's
-    operators, a unit's words, a base's digits, a sign, half a unit in the last place.
-    """
+    """An answer that is no expression: a list, set, tuple, matrix, row, interval, relation, cup, cap, setminus, ratio,
+    unit, base, congruence, rounded, choice or infinity. note: a list's joint, an interval's ends, a relation's
+    operators, a unit's words, a base's digits, a sign, half a unit in the last place."""
     kind: str
     parts: tuple = ()
     note: str = ""
@@ -520,10 +490,7 @@ UNIT = re.compile(r"(?:(square|sq|cubic) )?(\S+)(?: (?:\^(-?\d)|(squared|cubed))
 
 @functools.lru_cache(maxsize=4096)
 def read_words(note):
-    """The words behind a number as ((size, powers of base units) or None, the other words).
-
-    "miles per hour" is (0.44704, m 1 and s -1), "cm long" is (0.01, m 1) and "long".
-    """
+    """((size, powers of base units) or None, the other words) of words behind a number: 0.01, m 1, long: "cm long"."""
     size, powers, rest, sign = Fraction(1), collections.Counter(), [], 1
     for before, word, power, behind in UNIT.findall(note):
         if word in ("per", "/"):
@@ -539,10 +506,8 @@ def read_words(note):
 
 def quantity(x, words):
     """x with words behind it: multiplied by "million", with a unit, with other words that change nothing."""
-    if kind(x) == "unit":
-        x, words = x.parts[0], x.note.split() + words
     for word in MULTIPLIERS.keys() & words:
-        x = times(x, number(*MULTIPLIERS[word].as_integer_ratio()))
+        x = times(x, number(*MULTIPLIERS[word]))
     words = [word for word in words if word not in MULTIPLIERS]
     unit, rest = read_words(" ".join(words))
     plain = CHANGING.isdisjoint(rest if unit else words) and (unit or not is_name(x))
@@ -612,12 +577,8 @@ class Parser:
                 parts, joints = parts[::-1], ["<" + joint[1:] for joint in joints[::-1]]
             note = "or" if "or" in joints else "and" if "and" in joints else joints[0]
             note = " ".join(joints) if found == self.RELATION else note
-            if found == self.SETS and len(set(joints)) > 1:
-                require(len(joints) <= MAX_DEPTH, "too many unions and differences")
-                for joint, part in zip(joints, parts[1:]):
-                    x = Node(joint, (x, part))
-            else:
-                x = Node(self.KINDS.get(found, note), tuple(parts), note)
+            require(found != self.SETS or len(set(joints)) == 1, "unions and differences without brackets")
+            x = Node(self.KINDS.get(found, note), tuple(parts), note)
         return x
 
     def rounded(self, x, start):
@@ -666,8 +627,7 @@ class Parser:
                 start = self.i
                 factors.append(self.factor())
             else:
-                plain = factors[1:] and not any(map(kind, factors))
-                return multiply(*factors) if plain else functools.reduce(times, factors)
+                return functools.reduce(times, factors)
 
     def factor(self):
         """An atom and the marks behind it. A proper fraction beside a whole number is added: 1 3/4 is 7/4."""
@@ -824,8 +784,8 @@ def symbols(*xs):
 class Point:
     """Sample point number trial, with a reading (0 or 1) of each mark.
 
-    What keeps false zeros out: a sum counts as zero below 2**-300 of its largest term, and has no value if a term is
-    above 2**150 or too small beside another; a number has none beyond 180 bits, a function none of extreme arguments.
+    Against false zeros: a sum is zero below 2**-300 of its largest term, and has no value if a term is above 2**150 or
+    too small beside another; a number has none beyond 180 bits, a function none of extreme arguments.
     """
 
     def __init__(self, budget, trial=0, mode="positive", real=False, readings=()):
@@ -906,10 +866,7 @@ def is_name(x):  # a variable, or words
 
 
 def is_label(x, simple=False):
-    """May x name a value, as in x = 5: x, f(2), sin A, (x, y)? Unless simple also AB, |AB|, AB/CD, a/(a+b), a : b.
-
-    A multiple is no label, and neither is a sum: 2x = 6 is not 6, and x + y = 6 is a line.
-    """
+    """May x name a value, as in x = 5: x, f(2), sin A, (x, y)? Unless simple also AB, |AB|, AB/CD; not 2x or x + y."""
     if kind(x):
         return kind(x) in (("tuple",) if simple else ("tuple", "ratio")) and all(is_label(y, simple) for y in x.parts)
     if is_name(x) or x.is_Function and x.args[0].name not in DEFINED - TRIGONOMETRIC and symbols(x):
@@ -978,10 +935,7 @@ class Equality:
         return self.equal(x, y)
 
     def chain(self, relation):
-        """(labels, values) of an equation: what it names, and its last exact member, if all of them agree.
-
-        A decimal behind an approximation sign is a second value, if the exact one is rounded to its digits.
-        """
+        """(labels, values) of an equation: its last exact member if all agree, and the decimal rounded from it."""
         tail = list(relation.parts[-1].parts) if relation.note.endswith("~") else []
         sides = relation.parts[:-1] if tail else relation.parts
         labels, values = [x for x in sides if is_label(x)], [x for x in sides if not is_label(x)]
@@ -1145,15 +1099,14 @@ class Equality:
 
 PLAIN_NUMBER = re.compile(r"\s*([+-]?\d{1,400}(?:\.\d{1,400})?)(?:\s*/\s*0*([1-9]\d{0,400}))?\s*")
 THOUSANDS = re.compile(r"(?<![\w.,^(\[])(?<!\\\{)\d{1,3}(?:,\d{3})+(?![\d,)\]])")
-MINUS = re.compile(r"(?<=\d)[eE]-(?=\d)")
 LAYOUT = re.compile(r'\\(?:text\w*|mathrm|mbox|operatorname)\s*\{([^{}]*)\}|[$"]')
 
 
 def variants(text):
-    """The lists of tokens that a text may mean: 1,234 is a number or a list, 2e-3 a number or 2e - 3."""
+    """The lists of tokens that a text may mean: 1,234 is a number or a list, (c) a choice or a variable."""
     text = clean(text)
     choice = re.sub(r'^\(\s*"?([a-j])\s*\)$', lambda match: match[1].upper(), text)  # (c) is a choice or a variable
-    found = [THOUSANDS.sub(lambda match: match[0].replace(",", ""), text), text, MINUS.sub(" e-", text), choice]
+    found = [THOUSANDS.sub(lambda match: match[0].replace(",", ""), text), text, choice]
     lists = [tokenize(variant) for variant in dict.fromkeys(found)]
     if definition := re.match(r"\w(?:_\{-1\})?'*\s*\(\s*([a-z])\s*\)\s*=|\w_\{?([a-z])\}?\s*=", text):
         name = re.compile("^%s$|(?<=_)%s$" % ((definition[1] or definition[2],) * 2))
@@ -1177,10 +1130,9 @@ def meanings(tokens, budget):
 
 
 def same_text(texts, readable):
-    """Are two texts the same, without case, layout, articles and full stop?
+    """Are two texts the same without case, layout, articles and full stop?
 
-    Readable ones only if they are names with commas, "and" or "or" between, of which one is in \\text or the like:
-    \\text{A and Bob} and Bob, A; without it ab and BA are products.
+    Readable ones only if they are names joined by commas, "and" or "or", and one is in \\text: ab and BA are products.
     """
     plain = [LAYOUT.sub(r" \1 ", text.lower()).strip(" .") for text in texts]
     if not readable:
@@ -1228,13 +1180,10 @@ NO_CONTENT = re.compile(r"(?:\s|~|\$|\\[ ,;:!]|\\q?quad\b|\.\.\.|…|\\[lc]?dots
 
 
 def extract_answer(response, open_thought_counts=False):
-    r"""The final answer of a response: the content of its last \boxed{...} or \fbox{...} that has content, or None.
-
-    A number may stand without braces (\boxed 5). Empty boxes and mentions of \boxed are passed over, and so, by
-    default, is a thought that never ends, one whose <think> has no </think> behind it.
+    r"""The content of the last \boxed{...} or \fbox{...} of a response that has content (\boxed 5 has), or None.
 
     response: str, all that the model wrote, with or without the prefill "<think>\n".
-    open_thought_counts: also read the boxes in a thought that never ends.
+    open_thought_counts: also read the boxes in a thought that never ends, a <think> without a </think> behind it.
     Raises TypeError if response is not a str.
     """
     if not isinstance(response, str):
@@ -1273,8 +1222,8 @@ def answers_match(prediction, gold):
 def is_correct(response, gold, open_thought_counts=False):
     """Does the last box of a response (str, or None for none) equal the gold answer?
 
-    gold: as in answers_match. open_thought_counts: as in extract_answer. Raises what answers_match raises, whether or
-    not there is a box.
+    gold and errors: as in answers_match, with or without a box. open_thought_counts: as in extract_answer.
+    Raises what answers_match raises.
     """
     return answers_match(None if response is None else extract_answer(response, open_thought_counts), gold)
 
@@ -1291,21 +1240,11 @@ def accuracy_reward(completions, answer, **_):
 
 
 def explain(prediction, gold):
-    """How each of two bare answers (str) was read and why the verdict is what it is, as three lines.
-
-    Raises ImportError without sympy, unless both are plain numbers.
-    """
+    """How two bare answers (str) were read and why the verdict is what it is, as three lines. Raises ImportError."""
     equal, why, readings = verdict(prediction, gold)
-    sides = ["%s: %s" % (side, " or ".join(map(show, readings.get(text, ()))) or text[:1000])
-             for side, text in (("prediction", prediction), ("gold", gold))]
-    return "\n".join([*sides, "%s: %s" % ("equal" if equal else "not equal", why)])
-
-
-def show(x):  # as text: 1/3, x, Add(x, 1), Call(sin, x), interval [)(0, 1)
-    if kind(x) or x.args:
-        name, parts = ((x.kind + " " + x.note).strip(), x.parts) if kind(x) else (type(x).__name__, x.args)
-        return "%s(%s)" % (name, ", ".join(map(show, parts)))
-    return "a huge number" if x.is_Rational and x.p.bit_length() + x.q.bit_length() > 200 else str(x)
+    shown = [[attempt(repr, x)[0] or "a huge number" for x in readings.get(text, ())] for text in (prediction, gold)]
+    sides = [" or ".join(found) or text[:1000] for found, text in zip(shown, (prediction, gold))]
+    return "prediction: %s\ngold: %s\n%s: %s" % (*sides, "equal" if equal else "not equal", why)
 
 
 def main(arguments):
