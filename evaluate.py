@@ -141,9 +141,7 @@ def evaluate(model: Model, args: argparse.Namespace, device: torch.device, group
     if rank() > 0:
         return []
     about = {"model": model.name, "path": model.path, "open_thought_counts": args.open_thought_counts}
-    return [
-        {**about, **summarise(store.benchmark, store.merge(), args.samples, store.settings)} for store in model.stores
-    ]
+    return [about | summarise(store.benchmark, store.merge(), args.samples, store.settings) for store in model.stores]
 
 
 def draw_missing(model: Model, args: argparse.Namespace, device: torch.device, group) -> None:
@@ -196,13 +194,8 @@ def draw(model: Model, missing: list[tuple[SampleStore, str, int, Request]], arg
         for index, ids, finish_reason in generated:
             store, id, sample, _ = missing[index]
             text_ids = ids[:-1] if finish_reason == "stop" else ids
-            row = {
-                "id": id,
-                "sample": sample,
-                "response": args.prefill + model.tokenizer.decode(text_ids, skip_special_tokens=False),
-                "finish_reason": finish_reason,
-                "tokens": len(ids),
-            }
+            response = args.prefill + model.tokenizer.decode(text_ids, skip_special_tokens=False)
+            row = {"id": id, "sample": sample, "response": response, "finish_reason": finish_reason, "tokens": len(ids)}
             store.append(store.scored(row), rank())
             bar.update()
 
@@ -239,7 +232,7 @@ def score(args: argparse.Namespace, benchmarks: list[Benchmark]) -> list[dict]:
             store.open()
             store.replace(samples)
         about = {"model": name, "path": args.score, "open_thought_counts": args.open_thought_counts}
-        table.append({**about, **summarise(benchmark, samples, k, settings)})
+        table.append(about | summarise(benchmark, samples, k, settings))
     return table
 
 

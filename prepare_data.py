@@ -30,6 +30,8 @@ from redi.preparation.traces import GENERATIONS, OUTCOMES, SkipRow, final_answer
 from redi.rows import Example, TokenSettings, encode
 from redi.tokenizer import PREFILL, TOKENIZER_FILES, Tokenizer
 
+load_tokenizer = functools.cache(Tokenizer.from_pretrained)
+
 # name, hub id, split, number of problems, column of the problem, column of the answer. AMC23 exists twice: 83
 # problems of AMC 12 2022 and 2023 (what the paper's evaluator calls AMC23) and 40 of 2023 alone.
 BENCHMARKS = (
@@ -157,11 +159,6 @@ def pair_outcomes(tokenizer: Tokenizer, prompt: list[dict], chosen: str, negativ
     [[prompt_ids, chosen_ids, *negatives_ids]] = encode([Example(0, prompt, (chosen, *negatives))], tokenizer, limits)
     outcomes = [("too_long", "pairs_written")[limits.fit(prompt_ids, chosen_ids, ids)] for ids in negatives_ids]
     return ["same_ids" if ids == chosen_ids else outcome for ids, outcome in zip(negatives_ids, outcomes)]
-
-
-@functools.cache
-def load_tokenizer(directory: Path) -> Tokenizer:
-    return Tokenizer.from_pretrained(directory)
 
 
 def decontaminate_files(args: argparse.Namespace) -> None:

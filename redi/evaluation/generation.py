@@ -48,15 +48,9 @@ class _Sequence:
 
 @torch.inference_mode()
 def generate(
-    model,
-    requests: Iterable[Request],
-    stop_ids: Iterable[int],
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    max_batch_size: int = DECODE_TILE,
-    on_tokens: Callable[[int], None] = lambda count: None,
-    tile: int = DECODE_TILE,
-) -> Iterator[tuple[int, list[int], str]]:
+    model, requests: Iterable[Request], stop_ids: Iterable[int], temperature: float = 0.6, top_p: float = 0.95,
+    max_batch_size: int = DECODE_TILE, on_tokens: Callable[[int], None] = lambda count: None, tile: int = DECODE_TILE,
+) -> Iterator[tuple[int, list[int], str]]:  # fmt: skip
     """Draw one sample for each request; yield (index of the request, sampled ids, finish reason) as samples finish.
 
     The ids include the stop id that ended the sample (reason "stop"); with reason "length", max_new_tokens ids came

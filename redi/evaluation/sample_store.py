@@ -111,17 +111,16 @@ class SampleStore:
         count once. Raises ValueError where two rows of one sample differ.
         """
         others = sorted(self.folder.glob("samples.rank-*.jsonl"))
-        samples, rows_read, changed = {}, 0, False
+        samples, stored = {}, []
         for path in [self._file(0), *others]:
             drop_partial_line(path)
             for key, row in self._read(path):
-                rows_read += 1
+                stored.append(row)
                 known = samples.setdefault(key, self.scored(row) if rescore else row)
-                changed |= known != row
                 if known["response"] != row["response"]:
                     raise ValueError(f"{path}: sample {key[1]} of id {key[0]!r} occurs twice, with different responses")
         ordered = in_order(samples, self.benchmark)
-        if changed or others or list(ordered) != list(samples) or rows_read > len(samples):
+        if others or stored != list(ordered.values()):
             self.replace(ordered)
         for path in others:
             path.unlink()
@@ -197,12 +196,9 @@ def sample_outputs(row: dict) -> Iterator[dict]:
         if sample is not None and not (type(sample) is int and sample >= 0):
             raise ValueError(f"'sample' is {str(sample)[:80]!r}; expected a whole number from 0 up")
         tokens = len(token_ids) if isinstance(token_ids, list) else fields.get("tokens")
-        yield {
-            "sample": sample,
-            "response": text,
-            "finish_reason": finish_reason(next((fields[key] for key in FINISH_KEYS if fields.get(key)), None)),
-            "tokens": tokens if type(tokens) is int else None,
-        }
+        reason = finish_reason(next((fields[key] for key in FINISH_KEYS if fields.get(key)), None))
+        tokens = tokens if type(tokens) is int else None
+        yield {"sample": sample, "response": text, "finish_reason": reason, "tokens": tokens}
 
 
 def finish_reason(reason) -> str | None:

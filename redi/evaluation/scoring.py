@@ -41,10 +41,8 @@ def summarise(benchmark: Benchmark, samples: dict[Key, dict], k: int, settings: 
         "waits_per_response": waits / len(rows),
         "waits_per_token": waits / total if total else None,
         "settings": settings,
-        "versions": {
-            "checker": checker_version(),
-            **{package: version(package) for package in ("torch", "tokenizers", "jinja2")},
-        },
+        "versions": {"checker": checker_version()}
+        | {package: version(package) for package in ("torch", "tokenizers", "jinja2")},
     }
 
 
@@ -54,17 +52,12 @@ def report(table: list[dict], output: str | None) -> None:
     for row in sorted(table, key=lambda row: row["benchmark"]):
         k, tokens = str(row["samples"]), row["mean_tokens"]
         lines.append((
-            row["benchmark"],
-            row["model"],
-            str(row["problems"]),
-            _percent(row["pass@1"]),
-            _percent(row["sem"]),
-            _percent(row["sem_problems"]),
+            row["benchmark"], row["model"], str(row["problems"]),
+            *(_percent(row[key]) for key in ("pass@1", "sem", "sem_problems")),
             f"{_percent(row['pass@k'][k])} (k = {k})",
-            _percent(row["boxed"], " %"),
-            _percent(row["truncated"], " %"),
+            *(_percent(row[key], " %") for key in ("boxed", "truncated")),
             "-" if tokens is None else f"{tokens:.0f}",
-        ))
+        ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())

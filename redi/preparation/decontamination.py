@@ -30,16 +30,13 @@ def decontaminate(inputs: list[Path], against: list[Path], ngram: int, examples:
                 counts["read"] += 1
                 with error_context(f"{path}, line {number}"):
                     problem = problem_text(row)
-                hits = {}  # benchmark -> (n-gram, id of the evaluation problem)
-                for words in word_ngrams(problem, ngram):
-                    for benchmark, problem_id in benchmarks.get(words, {}).items():
-                        hits.setdefault(benchmark, (words, problem_id))
-                if not hits:
-                    counts["kept"] += 1
-                    with error_context(f"{path}, line {number}"):
+                    hits = {}  # benchmark -> (n-gram, id of the evaluation problem)
+                    for words in word_ngrams(problem, ngram):
+                        for benchmark, problem_id in benchmarks.get(words, {}).items():
+                            hits.setdefault(benchmark, (words, problem_id))
+                    if not hits:
                         file.write(json_line(row, errors="strict"))
-                    continue
-                counts["dropped"] += 1
+                counts["dropped" if hits else "kept"] += 1
                 for benchmark, (words, problem_id) in hits.items():
                     by_benchmark[benchmark] += 1
                     if by_benchmark[benchmark] <= examples:

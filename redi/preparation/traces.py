@@ -49,16 +49,14 @@ def openr1_verdicts(row: dict, verdict: str, exclude_sources: list[str]) -> list
         if not isinstance(verdicts, dict):
             raise ValueError(f"'correctness' must be a struct of lists, found {type(verdicts).__name__}")
         names = {"llama": "llama_verification", "math_verify": "math_verify_reparsed_answer"}
-        missing = [name for name in names.values() if verdicts and name not in verdicts]
     elif "correctness_llama" in row or "correctness_math_verify" in row:
         verdicts, names = row, {"llama": "correctness_llama", "math_verify": "correctness_math_verify"}
-        missing = [name for name in names.values() if name not in row]
     else:
         raise ValueError(f"no verdicts: expected a column 'correctness', or 'correctness_llama' and "
                          f"'correctness_math_verify' (found {', '.join(row)}); rows without verdicts are for "
                          "`prepare_data.py traces`")
     wanted = list(names) if verdict in ("both", "either") else [verdict]
-    if lacking := [name for name in wanted if names[name] in missing]:
+    if lacking := [name for name in wanted if verdicts and names[name] not in verdicts]:
         other = "math_verify" if lacking == ["llama"] else "llama"
         raise ValueError(f"no column '{names[lacking[0]]}': a generation is correct when Llama's and "
                          f"Math-Verify's verdicts are both true; --verdict {other} takes one verdict alone")
@@ -102,8 +100,8 @@ def final_answers(row: dict, open_thought_counts: bool, read_unboxed: bool) -> t
     keys of UNBOXED_ANSWERS by which answers were read. Raises ValueError for invalid `finish_reasons`."""
     reasons = row.get("finish_reasons") or [row.get("finish_reason")] * len(row["generations"])
     if not isinstance(reasons, list) or len(reasons) != len(row["generations"]):
-        raise ValueError(f"'finish_reasons' must be a list with one entry for each generation, found "
-                         f"{str(reasons)[:80]}")
+        found = str(reasons)[:80]
+        raise ValueError(f"'finish_reasons' must be a list with one entry for each generation, found {found}")
     answers, forms = [], []
     for text, reason in zip(row["generations"], reasons):
         answer, form = None, None
