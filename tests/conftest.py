@@ -1,4 +1,7 @@
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Before torch is imported, and for the commands that tests start: sums over another number of threads differ in their
@@ -8,6 +11,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def run_python(*arguments, cwd=ROOT, timeout=300, **environment: str) -> subprocess.CompletedProcess:
+    """python with these arguments, which finds this package from any directory."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, timeout=timeout, env=environment,
+                          capture_output=True, text=True)
 
 
 def pytest_configure(config):

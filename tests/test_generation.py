@@ -1,31 +1,24 @@
 import math
 import random
-from functools import partial
 
 import pytest
 import torch
 
+from redi.attention import cached_attention
 from redi.evaluation import generation
-from redi.attention import cached_attention, packed_attention
 from redi.evaluation.generation import Request, generate
-from redi.model import CausalLM
-from redi.hub.config import parse_config
 from redi.evaluation.sampling import sample_key
+from redi.hub.config import parse_config
+from redi.model import CausalLM
+from tests.tiny import all_logits
 
 
 def tiny_model(vocab_size=61, seed=0, **changes):
     config = {
-        "model_type": "qwen2",
-        "vocab_size": vocab_size,
-        "hidden_size": 36,
-        "intermediate_size": 52,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 6,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-    }
+        "model_type": "qwen2", "vocab_size": vocab_size, "hidden_size": 36, "intermediate_size": 52,
+        "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 6,
+        "max_position_embeddings": 4096, "tie_word_embeddings": True,
+    }  # fmt: skip
     model = CausalLM(parse_config({**config, **changes}))
     model.init_weights(seed, std=0.3)  # far from uniform, so that samples are sensitive to what the model sees
     with torch.no_grad():
@@ -35,13 +28,9 @@ def tiny_model(vocab_size=61, seed=0, **changes):
     return model
 
 
-@torch.no_grad()
 def full_logits(model, ids):
     """Logits at every position of one sequence, without a cache. (T, V)"""
-    cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
-    attend = partial(packed_attention, cu_seqlens=cu_seqlens, max_seqlen=len(ids))
-    attention_fns = [attend] * model.config.num_hidden_layers
-    return model.logits(model.hidden(torch.tensor(ids), torch.arange(len(ids)), attention_fns))
+    return all_logits(model, torch.tensor([*ids, 0]))
 
 
 def make_requests(count=23, samples=3, vocab_size=61, seed=0, longest=40):
@@ -70,8 +59,7 @@ def test_cached_attention_equals_attention_over_each_row_alone():
 
 @pytest.mark.parametrize("block", [8, 1024])
 def test_decoding_with_a_cache_equals_the_full_forward(monkeypatch, block):
-    """Every step's logits, with rows of different lengths, rows replaced, and the cache growing on the
-    way."""
+    """Every step's logits, with rows of different lengths, rows replaced, and the cache growing on the way."""
     monkeypatch.setattr(generation, "CACHE_BLOCK", block)
     model, requests = tiny_model(), make_requests()
     seen, compared = {}, 0
@@ -144,10 +132,10 @@ def test_a_prompt_is_computed_once_for_its_samples_and_requests_are_taken_as_row
 
 
 def test_every_token_is_counted_while_it_is_drawn():
-    counts, requests = [], make_requests(count=6, samples=2, longest=9)
-    for done, (_, ids, _) in enumerate(generate(tiny_model(), requests, (5,), max_batch_size=3, on_tokens=counts.append)):
-        assert done or sum(counts) >= len(ids)  # told before the sample was finished
-    total = sum(len(ids) for _, ids, _ in generate(tiny_model(), requests, (5,), max_batch_size=3))
+    counts, requests, total = [], make_requests(count=6, samples=2, longest=9), 0
+    for _, ids, _ in generate(tiny_model(), requests, (5,), max_batch_size=3, on_tokens=counts.append):
+        total += len(ids)
+        assert sum(counts) >= total  # told before the sample was finished
     assert sum(counts) == total and max(counts) == 3
 
 
@@ -176,8 +164,7 @@ def test_bf16_model_samples():
 
 
 def test_long_prompts_attend_to_everything_before():
-    """A prompt longer than the first block, so that writing it makes the cache grow while another row is
-    active."""
+    """A prompt longer than the first block: writing it makes the cache grow while another row is active."""
     model = tiny_model()
     rng = random.Random(0)
     short, long = [7, 8], [rng.randrange(61) for _ in range(1500)]
