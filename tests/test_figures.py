@@ -4,8 +4,6 @@ import json
 import math
 import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +13,13 @@ from redi.analysis import figures
 from redi.evaluation.scoring import read_results
 from tests import tiny
 from tests.bench.compare import plot_sweep
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def command(folder: Path, *arguments: str, check=True, **environment) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=check
-    )
+from tests.conftest import ROOT, read_jsonl, run_python, write_jsonl
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path):
     write_log(tmp_path / "run", [{"step": 1, "chosen_logp": -1.0, "lr_grad_norm": 0.1}])
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
-    done = command(tmp_path, "-m", "redi.analysis.figures", "run", "--output", "a.png", check=False,
-                   PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    done = run_python("-m", "redi.analysis.figures", "run", "--output", "a.png", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.endswith("pip install matplotlib\n")
 
@@ -50,7 +39,7 @@ def drawn(monkeypatch):
 
 def write_log(run: Path, rows: list[dict], model: str = "base") -> Path:
     run.mkdir(parents=True)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(run / "metrics.jsonl", rows)
     (run / "run.json").write_text(json.dumps({"settings": {"model": model}}))
     return run
 
@@ -84,13 +73,10 @@ def test_the_panels_hold_the_runs_numbers(tmp_path, drawn, monkeypatch):
     write_log(Path("out/redi"), pair_rows, model="out/sft/final")
     write_log(Path("out/sft"), [{"step": s, "chosen_logp": -1 / s, "lr_grad_norm": 5e-6} for s in range(1, 4)])
     rows = [
-        result("out/redi/final", "math500", 0.6, None),
-        result("out/redi/step-000004", "math500", 0.5),
-        result("out/sft/final", "math500", 0.4),
-        result(tmp_path / "out/redi/step-000002", "aime24", 0.1),
-        result("out/other/step-000001", "aime24", 0.9),
-        result("out/redi/step-000004-copy", "aime24", 0.9),
-    ]
+        result("out/redi/final", "math500", 0.6, None), result("out/redi/step-000004", "math500", 0.5),
+        result("out/sft/final", "math500", 0.4), result(tmp_path / "out/redi/step-000002", "aime24", 0.1),
+        result("out/other/step-000001", "aime24", 0.9), result("out/redi/step-000004-copy", "aime24", 0.9),
+    ]  # fmt: skip
     Path("results.json").write_text(json.dumps({"results": rows[:3]}))
     Path("more.json").write_text(json.dumps({"results": rows[3:]}))
     figures.main(["out/redi", "out/sft", "--labels", "REDI", "SFT", "--results", "results.json", "more.json",
@@ -163,14 +149,8 @@ def test_strong_lines_are_running_means(tmp_path, drawn):
 
 @pytest.mark.peers("matplotlib")
 def test_sweep_of_learning_rates(tmp_path, drawn):
-    rows = [
-        {"method": m, "lr": lr, "accuracy": accuracy, "sem": sem}
-        for m, lr, accuracy, sem in [
-            ("REDI", 1e-4, 0.5, 0.02),
-            ("DPO", 1e-4, 0.4, None),
-            ("REDI", 1e-5, 0.45, 0.01),
-        ]
-    ]
+    points = [("REDI", 1e-4, 0.5, 0.02), ("DPO", 1e-4, 0.4, None), ("REDI", 1e-5, 0.45, 0.01)]
+    rows = [dict(zip(("method", "lr", "accuracy", "sem"), point)) for point in points]
     plot_sweep(rows, tmp_path / "a.png", baseline=("SFT", 0.3))
     [axes] = drawn["a.png"].axes
     redi, dpo = axes.containers
@@ -181,21 +161,14 @@ def test_sweep_of_learning_rates(tmp_path, drawn):
     assert axes.get_xscale() == "log"
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--output", "a.png"], "RUN"),
-        (["run", "--output", "a.xyz"], "xyz"),
-        (["run", "--labels", "a", "b", "--output", "a.png"], "--labels names 2 runs"),
-        (["nowhere", "--output", "a.png"], "nowhere/metrics.jsonl"),
-        (["empty", "--output", "a.png"], "empty/metrics.jsonl holds no step"),
-        (["begun", "--output", "a.png"], "begun/metrics.jsonl holds no step"),
-        (["never-finite", "--output", "a.png"], "never-finite/metrics.jsonl holds no step"),
-        (["run", "--results", "list.json", "--output", "a.png"], "list.json: expected 'results'"),
-        (["run", "--results", "cut.json", "--output", "a.png"], "cut.json: not valid JSON"),
-        (["run", "--results", "other.json", "--output", "a.png"], "no row of the results .* run"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", [
+    ([], "RUN"), (["run", "--output", "a.xyz"], "xyz"), (["run", "--labels", "a", "b"], "--labels names 2 runs"),
+    (["nowhere"], "nowhere/metrics.jsonl"), (["empty"], "empty/metrics.jsonl holds no step"),
+    (["begun"], "begun/metrics.jsonl holds no step"), (["never-finite"], "never-finite/metrics.jsonl holds no step"),
+    (["run", "--results", "list.json"], "list.json: expected 'results'"),
+    (["run", "--results", "cut.json"], "cut.json: not valid JSON"),
+    (["run", "--results", "other.json"], "no row of the results .* run"),
+])  # fmt: skip
 @pytest.mark.peers("matplotlib")
 def test_bad_input(tmp_path, drawn, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -207,7 +180,7 @@ def test_bad_input(tmp_path, drawn, monkeypatch, arguments, message):
     Path("cut.json").write_text('{"results"')
     Path("other.json").write_text(json.dumps({"results": [result("elsewhere/final", "math500", 0.5)]}))
     with pytest.raises(ValueError, match=message):
-        figures.main(arguments)
+        figures.main(["--output", "a.png", *arguments])
     assert not list(tmp_path.glob("a.*"))
 
 
@@ -218,21 +191,21 @@ def test_from_training_and_evaluation_to_a_figure(tmp_path, monkeypatch):
     tiny.write_rows(tmp_path)
     (tmp_path / "held_out").mkdir()
     tiny.write_rows(tmp_path / "held_out", examples=5, seed=9)
-    problems = [{"id": str(i), "problem": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(2)]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
-    command(tmp_path, str(ROOT / "train.py"), "redi", "--model", "model", "--data", "pairs.jsonl", "--eval-data",
-            "held_out/pairs.jsonl", "--output", "out/redi", "--batch-size", "4", "--steps", "4", "--save-every", "2",
-            "--keep-checkpoints", "0")
-    models = [str(path.relative_to(tmp_path)) for path in sorted((tmp_path / "out/redi").glob("step-*"))]
-    command(tmp_path, str(ROOT / "evaluate.py"), "--model", "model", *models, "--problems", "sums.jsonl", "--samples",
-            "2", "--max-new-tokens", "4", "--output", "out/eval")
-    command(tmp_path, "-m", "redi.analysis.figures", "out/redi", "--results", "out/eval/results.json",
-            "--output", str(tmp_path / "a.svg"))
+    write_jsonl(tmp_path / "sums.jsonl", [{"problem": f"What is {i} + 1?", "answer": i + 1} for i in range(2)])
+    train = [ROOT / "train.py", "redi", "--model", "model", "--data", "pairs.jsonl", "--eval-data",
+             "held_out/pairs.jsonl", "--output", "out/redi", "--batch-size", "4", "--steps", "4", "--save-every", "2",
+             "--keep-checkpoints", "0"]
+    evaluate = [ROOT / "evaluate.py", "--model", "model", "out/redi/step-000002", "out/redi/step-000004", "--problems",
+                "sums.jsonl", "--samples", "2", "--max-new-tokens", "4", "--output", "out/eval"]
+    draw = ["-m", "redi.analysis.figures", "out/redi", "--results", "out/eval/results.json", "--output", "a.svg"]
+    for command in (train, evaluate, draw):
+        done = run_python(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     svg = (tmp_path / "a.svg").read_text()
     assert ">sums</text>" in svg and ">held-out</text>" in svg
     assert all(f">{title}</text>" in svg for title in ("Accuracy (pass@1, %)", *figures.PANELS.values()))
     results = read_results(tmp_path / "out/eval/results.json")
-    log = [json.loads(line) for line in (tmp_path / "out/redi/metrics.jsonl").read_text().splitlines()]
+    log = read_jsonl(tmp_path / "out/redi/metrics.jsonl")
     monkeypatch.chdir(tmp_path)
     curves = figures.accuracy_curves(tmp_path / "out/redi", log, results)
     assert [step for step, _, _ in curves["sums"]] == [0, 2, 4]
