@@ -253,7 +253,7 @@ RULES = [
     Rule("set-builder", r"\left\{x\in\mathbb{R} \mid x\ge 1\right\}", r"[1,\infty)", r"\{",
          r"^\s*(?:[A-Za-z]\s*=)?\s*\\\{\s*\\?[A-Za-z]+\s*(?:\\in\s*(?:\\math\w+\s*)?\{?\s*R\s*\}?\s*)?"
          r'(?:\||\\mid(?![a-z])|:|"such\s+"that\s)(.*)\\\}\s*$', r"\1"),
-    Rule("bars", r"\lvert x\rvert", r"\operatorname{abs}(x)", "", r"\\[lr]?[vV]ert(?![a-z])|\\\|", "|"),
+    Rule("bars", r"\lvert x\rvert", r"\operatorname{abs}(x)", "\\", r"\\[lr]?[vV]ert(?![a-z])|\\\|", "|"),
     Rule("absolute value", "|x-1|", "|1-x|", "|", r"\|([^|]*)\|", r"\\abs(\1)"),
     Rule("empty braces", r"\{\}", r"\emptyset", r"\{", r"\\\{\s*\\\}", r"\\emptyset "),
     Rule("reversed brackets", "]0,1[", "(0,1)", "]", r"^\s*\](.*)([\[\]])\s*$",
@@ -274,6 +274,7 @@ RULES = [
          r'\^\s*\{\s*"?(?:th|st|nd|rd)\s*\}|(?<=\d)\s*"?(?:th|st|nd|rd)(?![A-Za-z])', ""),
     Rule("residue class", r"x\equiv 3\ (\bmod 7)", r"x\equiv 3\pmod 7", "mod",
          r"\(\s*\\b?mod(?![A-Za-z])([^()]*)\)", r"\\pmod{\1}")]
+RULES = [rule._replace(pattern=re.compile(rule.pattern)) for rule in RULES]
 
 GLUED_WORDS = re.compile(  # 72Ihopeitiscorrect: no unit, and no answer that a reward should pay for
     r"(?<=[\d}])(?!square|cubic|degrees?|[A-Z]+$)(?:[A-Za-z]{13}|[a-z]*[A-Z](?=[A-Za-z]{3}))")
@@ -307,7 +308,7 @@ def clean(text):
         text = re.sub(r"(?<!\\)\$", " ", text)
     for _, _, _, trigger, pattern, replacement in RULES:
         if trigger in text:
-            text = re.sub(pattern, replacement, text)
+            text = pattern.sub(replacement, text)
     return re.sub(r"^(?:[\s=,:]|\\approx(?![a-z]))+", "", text).rstrip(" .,;\\")
 
 
@@ -627,7 +628,8 @@ class Parser:
                 start = self.i
                 factors.append(self.factor())
             else:
-                return functools.reduce(times, factors)
+                plain = factors[1:] and not any(map(kind, factors))
+                return multiply(*factors) if plain else functools.reduce(times, factors)
 
     def factor(self):
         """An atom and the marks behind it. A proper fraction beside a whole number is added: 1 3/4 is 7/4."""
@@ -1240,7 +1242,7 @@ def accuracy_reward(completions, answer, **_):
 
 
 def explain(prediction, gold):
-    """How two bare answers (str) were read and why the verdict is what it is, as three lines. Raises ImportError."""
+    """How two bare answers (str) were read, and why the verdict is what it is. Raises ImportError without sympy."""
     equal, why, readings = verdict(prediction, gold)
     shown = [[attempt(repr, x)[0] or "a huge number" for x in readings.get(text, ())] for text in (prediction, gold)]
     sides = [" or ".join(found) or text[:1000] for found, text in zip(shown, (prediction, gold))]
