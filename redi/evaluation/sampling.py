@@ -9,9 +9,7 @@ import torch.nn.functional as F
 MASS_BLOCK = 128  # tokens of the vocabulary whose probabilities are summed together
 
 
-def sample(
-    logits: torch.Tensor, keys: list[int], positions: list[int], temperature: float, top_p: float
-) -> list[int]:
+def sample(logits: torch.Tensor, keys: list[int], positions: list[int], temperature: float, top_p: float) -> list[int]:
     """One token for each row of logits (N, V): temperature, then fp32 softmax, then top-p.
 
     Top-p keeps the tokens for which the mass of all more likely tokens is below `top_p`. Neither a sort nor the kept
