@@ -12,10 +12,8 @@ import torch.nn.functional as F
 
 # Operations whose outputs selective activation checkpointing stores instead of recomputing.
 ATTENTION_OPS = {
-    "torch_attn::_varlen_attn",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention",
+    "torch_attn::_varlen_attn", "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention",
 }
 VARLEN_HAS_GQA = torch.__version__ >= (2, 12)  # varlen_attn supports grouped queries
 
@@ -63,9 +61,7 @@ def _packed_flash(q, k, v, cu_seqlens, max_seqlen):
             options["enable_gqa"] = True
         else:
             k, v = _expand_heads(q, k, v)
-    return varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **options
-    )
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **options)
 
 
 def _expand_heads(q, k, v):
@@ -73,9 +69,7 @@ def _expand_heads(q, k, v):
     return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
 
-def cached_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
+def cached_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """One new token in each of N rows attends to the cached tokens of its row, itself included.
 
     Args: q (N, H, D); keys, values (N, S, K, D), where slot i of a row is its position i and slots from

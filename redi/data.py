@@ -6,7 +6,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from redi.losses import IGNORE_INDEX
 from redi.rows import TokenSettings, encode_rows
 from redi.tokenizer import Tokenizer
 
+Assignment = list[list[list[int]]]  # [micro-batch][rank]: example indices
 READERS = [Path(__file__).with_name(name) for name in ("rows.py", "tokenizer.py", "data.py")]  # rows -> token ids
 
 
@@ -68,10 +69,8 @@ def load_dataset(path: Path, tokenizer: Tokenizer, settings: TokenSettings, fall
         save_arrays(cache, arrays, {"dropped": str(dataset.dropped), "digest": dataset.digest})
     arrays, metadata = load_arrays(cache, mapped=("ids",))
     if not len(arrays["lines"]):
-        raise ValueError(
-            f"{path}: no example to train on ({metadata['dropped']} dropped: longer than "
-            f"{settings.max_prompt} prompt, {settings.max_response} response or {settings.max_total} tokens in all)"
-        )
+        limits = f"{settings.max_prompt} prompt, {settings.max_response} response or {settings.max_total} tokens in all"
+        raise ValueError(f"{path}: no example to train on ({metadata['dropped']} dropped: longer than {limits})")
     return Dataset(**arrays, dropped=int(metadata["dropped"]), sequences_per_example=2 if settings.pairs else 1,
                    digest=metadata["digest"], loss_on_prompt=settings.loss_on_prompt)
 
@@ -110,10 +109,8 @@ def step_rows(examples: int, batch_size: int, seed: int, step: int) -> tuple[int
     return epoch, epoch_order(examples, seed, epoch)[index * batch_size : (index + 1) * batch_size]
 
 
-def partition(
-    rows: np.ndarray, tokens: np.ndarray, costs: np.ndarray, ranks: int, max_tokens: int
-) -> list[list[list[int]]]:
-    """Spread a step's examples over ranks and micro-batches: result[micro][rank] is a list of rows.
+def partition(rows: np.ndarray, tokens: np.ndarray, costs: np.ndarray, ranks: int, max_tokens: int) -> Assignment:
+    """Spread a step's examples over ranks and micro-batches.
 
     Balances the costs of the ranks in a micro-batch. A micro-batch has at most max_tokens, unless a single example is
     longer. All ranks get the same number of micro-batches, the smallest that suffices (a list may be empty).
@@ -140,9 +137,7 @@ def partition(
         micro_batches += 1
 
 
-def assign_to_ranks(
-    dataset: Dataset, rows: np.ndarray, flops: Callable, max_tokens: int, ranks: int
-) -> list[list[list[int]]]:
+def assign_to_ranks(dataset: Dataset, rows: np.ndarray, flops: Callable, max_tokens: int, ranks: int) -> Assignment:
     """`partition` of a step's rows by cost: flops(lengths (n, k)) -> (n, k), those of a forward pass."""
     lengths = dataset.input_lengths[rows]
     return partition(rows, lengths.sum(1), flops(lengths).sum(1), ranks, max_tokens)
@@ -178,12 +173,9 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         if device.type == "cpu":
             return self
-        moved = {
-            key: value.pin_memory().to(device, non_blocking=True)
-            for key, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return MicroBatch(max_seqlen=self.max_seqlen, weight=self.weight, **moved)
+        tensors = {key: value for key, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved = {key: tensor.pin_memory().to(device, non_blocking=True) for key, tensor in tensors.items()}
+        return replace(self, **moved)
 
 
 def pack(dataset: Dataset, rows: list[int]) -> MicroBatch:

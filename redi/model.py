@@ -210,13 +210,8 @@ class CausalLM(nn.Module):
         return kernels.fp32_product(hidden.to(dtype), self.head_weight.to(dtype))
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_seqlen: int,
-        labels: torch.Tensor,
-        label_positions: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
+        labels: torch.Tensor, label_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """log π(label) of each packed token, (T,) fp32.
 
@@ -225,6 +220,4 @@ class CausalLM(nn.Module):
         """
         attention_fn = partial(packed_attention, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         hidden = self.hidden(input_ids, position_ids, [attention_fn] * self.config.num_hidden_layers)
-        return token_logps(
-            hidden, self.head_weight, labels, positions=label_positions, product=kernels.fp32_product
-        )
+        return token_logps(hidden, self.head_weight, labels, positions=label_positions, product=kernels.fp32_product)

@@ -55,11 +55,8 @@ def token_settings(args: argparse.Namespace, pairs: bool, context: int) -> Token
         pairs,
         max_prompt=args.max_prompt_tokens if pairs else args.max_tokens,
         max_response=args.max_response_tokens if pairs else args.max_tokens,
-        max_total=min(context, args.max_tokens),
-        prefill=args.prefill,
-        system_prompt=args.system_prompt,
-        append_end_of_text=args.append_end_of_text,
-        loss_on_prompt=getattr(args, "loss_on_prompt", False),
+        max_total=min(context, args.max_tokens), prefill=args.prefill, system_prompt=args.system_prompt,
+        append_end_of_text=args.append_end_of_text, loss_on_prompt=getattr(args, "loss_on_prompt", False),
     )
 
 
@@ -102,16 +99,12 @@ def encode(examples: list[Example], tokenizer: Tokenizer, settings: TokenSetting
             raise ValueError(f"{tokenizer.directory}: the tokenizer has no end-of-text token to append")
         end += tokenizer.encode("\n") + [tokenizer.end_of_text_id]
     system = settings.system_prompt
-    prompts = [
-        example.prompt if isinstance(example.prompt, str) else tokenizer.render_prompt(example.prompt, system)
-        for example in examples
-    ]
+    prompts = [prompt if isinstance(prompt, str) else tokenizer.render_prompt(prompt, system)
+               for prompt in (example.prompt for example in examples)]
     columns = [tokenizer.encode_batch(prompts)]
     for completions in zip(*(example.completions for example in examples)):
-        texts = [
-            text if isinstance(text, str) else tokenizer.render_response(example.prompt, text, system)
-            for example, text in zip(examples, completions)
-        ]
+        texts = [text if isinstance(text, str) else tokenizer.render_response(example.prompt, text, system)
+                 for example, text in zip(examples, completions)]
         columns.append(tokenizer.encode_completions(texts, settings.prefill, prompts))
     if not all(ids for column in columns for ids in column):
         raise ValueError("the prompt or a completion has no tokens")
@@ -192,12 +185,12 @@ def _pair(row: dict) -> tuple[list[dict] | str, tuple[str | dict, str | dict]]:
 
 def _field(row: dict, key: str):
     if key not in row:
-        found = f"no key {key!r} (found {', '.join(sorted(row)) or 'none'})"
+        kind = ""
         if key == "completion" and "chosen" in row:
-            raise ValueError(f"{found}: a pair, where a row of one completion is expected")
-        if key == "chosen" and "completion" in row:
-            raise ValueError(f"{found}: a row of one completion, where a pair is expected")
-        raise ValueError(found)
+            kind = ": a pair, where a row of one completion is expected"
+        elif key == "chosen" and "completion" in row:
+            kind = ": a row of one completion, where a pair is expected"
+        raise ValueError(f"no key {key!r} (found {', '.join(sorted(row)) or 'none'}){kind}")
     return row[key]
 
 
@@ -222,7 +215,8 @@ def _answer(messages: list[dict], key: str) -> str | dict:
         raise ValueError(f"{key!r} must end with exactly one assistant message after the prompt")
     [message] = messages
     unused = [name for name in ("tool_calls", "function_call") if message.get(name)]
-    if unused or message.get("weight", 1) != 1:
-        name = unused[0] if unused else "weight"
-        raise ValueError(f"{key!r}: the key {name!r} of the assistant's message is not supported")
+    if message.get("weight", 1) != 1:
+        unused.append("weight")
+    if unused:
+        raise ValueError(f"{key!r}: the key {unused[0]!r} of the assistant's message is not supported")
     return message["content"] if message.keys() == {"role", "content"} else message

@@ -11,10 +11,8 @@ import os
 import re
 from pathlib import Path
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
+from jinja2 import TemplateError, ext, sandbox
 
 from redi.files import read_json, resolve_directory
 
@@ -36,7 +34,7 @@ _THOUGHT_AT_END = re.compile(r"<think>\s*(</think>\s*)?\Z")
 _QUESTION, _ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "sentinel"}
 
 
-class _GenerationBlock(jinja2.ext.Extension):
+class _GenerationBlock(ext.Extension):
     """{% generation %} … {% endgeneration %}, which marks an assistant's text for trainers: its content."""
 
     tags = {"generation"}
@@ -46,18 +44,17 @@ class _GenerationBlock(jinja2.ext.Extension):
         return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
 
-def _environment() -> jinja2.Environment:
+def _environment() -> sandbox.SandboxedEnvironment:
     """The sandbox that transformers gives chat templates."""
 
     def raise_exception(message):
-        raise jinja2.TemplateError(message)
+        raise TemplateError(message)
 
     def tojson(value, ensure_ascii=False, **options):  # jinja2's own escapes HTML
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, ext.loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
@@ -250,7 +247,7 @@ def _continuation(prompt_text: str, text: str, prefill: str) -> str:
 def _template_errors(directory: Path):
     try:
         yield
-    except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{directory}: the chat template fails: {' '.join(str(error).split())[:300]}") from None
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import train
 from redi import data
@@ -23,6 +23,7 @@ from redi.files import read_jsonl
 from redi.rows import TokenSettings, read_examples
 from redi.tokenizer import CHATML_TEMPLATE, Tokenizer
 from tests import tiny
+from tests.test_pretrained import change, edit_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,13 +44,11 @@ def place(tmp_path):
 
 
 def arguments(place, method="redi", **changes):
-    """The command line; True is a flag without value, None takes one out."""
-    values = {
-        "model": place / "model", "data": place / ("positives.jsonl" if method == "sft" else "pairs.jsonl"),
-        "output": place / "out", "batch-size": 4, "steps": 2, **changes,
-    }
-    pairs = [[f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
-             for key, value in values.items() if value is not None]
+    """The command line; paths are below `place`, True is a flag without value."""
+    data = Path("positives.jsonl" if method == "sft" else "pairs.jsonl")
+    values = {"model": Path("model"), "data": data, "output": Path("out"), "batch-size": 4, "steps": 2, **changes}
+    values = {key: place / value if isinstance(value, Path) else value for key, value in values.items()}
+    pairs = [[f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)]) for key, value in values.items()]
     return [method] + [word for pair in pairs for word in pair]
 
 
@@ -220,44 +219,48 @@ def test_a_role_that_the_template_refuses_is_named_by_its_line(place):
 # Files and directories
 
 
-def test_missing_files(place):
-    refused(place, "absent.jsonl: no such", data=place / "absent.jsonl")
-    refused(place, "no such data file", data=place)  # a directory
-    (place / "empty").mkdir()
-    refused(place, "no tokenizer.json", model=place / "empty")
-    refused(place, "expected a directory, found a file", model=place / "pairs.jsonl")
+def remove_end_of_text(place):
+    path = place / "model" / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|endoftext|>", "<|unused|>"))
+    (place / "model" / "generation_config.json").unlink()
 
 
-def test_empty_data(place):
-    (place / "pairs.jsonl").write_text("\n")
-    refused(place, r"pairs.jsonl: no example to train on \(0 dropped")
+BAD_FILES = {  # what is wrong: (how it is brought about, the message, the flags that differ; paths are below `place`)
+    "no data": (None, "absent.jsonl: no such", {"data": Path("absent.jsonl")}),
+    "data is a directory": (None, "no such data file", {"data": Path(".")}),
+    "no model": (lambda place: (place / "empty").mkdir(), "no tokenizer.json", {"model": Path("empty")}),
+    "model is a file": (None, "expected a directory, found a file", {"model": Path("pairs.jsonl")}),
+    "empty data": (lambda place: (place / "pairs.jsonl").write_text("\n"), r"pairs.jsonl: .* \(0 dropped", {}),
+    "long responses": (None, r"\(4 dropped: longer than 800 prompt, 3 response or", {"max_response_tokens": 3}),
+    "beyond the context": (None, r"\(4 dropped: .* or 10 tokens in all", {"max_position_embeddings": 10}),
+    "held-out rows of one completion": (None, "positives.jsonl, line 1: no key 'chosen' .*: a row of one completion",
+                                        {"eval_data": Path("positives.jsonl")}),
+    "held-out pairs": (None, "pairs.jsonl, line 1: no key 'completion' .*: a pair",
+                       {"method": "sft", "eval_data": Path("pairs.jsonl")}),
+    "no weights": (lambda place: (place / "model" / "model.safetensors").unlink(), "model has no weights", {}),
+    "other weights": (lambda place: change(place / "model", **{"model.norm.weight": torch.ones(7)}),
+                      r"'model.norm.weight' .*\(7,\)", {}),
+    "an unsupported model": (lambda place: edit_config(place / "model", model_type="qwen2_moe"),
+                             "config.json: model_type is 'qwen2_moe'", {}),
+    "too few words": (lambda place: edit_config(place / "model", vocab_size=9),
+                      r"tokenizer has ids up to \d+, .* vocabulary has 9 entries", {}),
+    # Refused before memory is allocated
+    "absurdly wide": (lambda place: edit_config(place / "model", hidden_size=2**26, vocab_size=2**32),
+                      "has shape .* but config.json asks for", {}),
+    "absurdly deep": (lambda place: edit_config(place / "model", num_hidden_layers=10**9),
+                      "the weights lack 'model.layers.3", {}),
+    "no end of text": (remove_end_of_text, "no end-of-text token", {"append_end_of_text": True}),
+    "output is a file": (None, "pairs.jsonl", {"output": Path("pairs.jsonl")}),
+    "output is below a file": (None, "pairs.jsonl", {"output": Path("pairs.jsonl") / "below"}),
+}
 
 
-def test_nothing_but_long_examples(place):
-    refused(place, r"no example to train on \(4 dropped: longer than 800 prompt, 3 response or", max_response_tokens=3)
-
-
-def test_prompts_longer_than_the_context(place):
-    refused(place, r"no example to train on \(4 dropped: .* or 10 tokens in all", max_position_embeddings=10)
-
-
-def test_a_model_without_weights(place):
-    (place / "model" / "model.safetensors").unlink()
-    refused(place, "model has no weights")
-
-
-def test_a_vocabulary_smaller_than_the_tokenizers(place):
-    raw = json.loads((place / "model" / "config.json").read_text())
-    (place / "model" / "config.json").write_text(json.dumps(raw | {"vocab_size": raw["vocab_size"] - 1}))
-    highest = raw["vocab_size"] - 1
-    refused(place, f"the tokenizer has ids up to {highest}, but the model's vocabulary has {highest} entries")
-
-
-def test_held_out_rows_of_the_wrong_kind(place):
-    refused(place, "positives.jsonl, line 1: no key 'chosen' .*: a row of one completion, where a pair is expected",
-            eval_data=place / "positives.jsonl")
-    refused(place, "pairs.jsonl, line 1: no key 'completion' .*: a pair, where a row of one completion is expected",
-            method="sft", eval_data=place / "pairs.jsonl")
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_and_directories(place, case):
+    prepare, expected, changes = BAD_FILES[case]
+    if prepare:
+        prepare(place)
+    refused(place, expected, **changes)
 
 
 def test_held_out_rows_that_are_trained_on(place):
@@ -271,52 +274,17 @@ def test_held_out_rows_that_are_trained_on(place):
                 eval_data=place / name)
 
 
-def test_weights_that_do_not_fit_the_config(place):
-    tensors = load_file(place / "model" / "model.safetensors")
-    tensors["model.norm.weight"] = torch.ones(7)
-    save_file(tensors, place / "model" / "model.safetensors")
-    refused(place, r"'model.norm.weight' has shape \(7,\)")
-
-
 def test_what_is_assumed_of_a_model_is_said_once_and_saved(place, capsys):
     """No chat template, and a head of its own although config.json ties it to the embedding."""
     (place / "model" / "tokenizer_config.json").write_text("{}")
-    tensors = load_file(place / "model" / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.1
-    save_file(tensors, place / "model" / "model.safetensors")
+    embedding = load_file(place / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    change(place / "model", **{"lm_head.weight": embedding * 1.1})
     train.main(arguments(place))
     lines = capsys.readouterr().out.splitlines()
     assert [sum(word in line for line in lines) for word in ("ChatML", "lm_head.weight")] == [1, 1]
     assert (place / "out" / "final" / "chat_template.jinja").read_text() == CHATML_TEMPLATE
     assert "lm_head.weight" in load_file(place / "out" / "final" / "model.safetensors")
     assert json.loads((place / "out" / "final" / "config.json").read_text())["tie_word_embeddings"] is False
-
-
-def test_an_unsupported_model(place):
-    raw = json.loads((place / "model" / "config.json").read_text())
-    (place / "model" / "config.json").write_text(json.dumps(raw | {"model_type": "qwen2_moe"}))
-    refused(place, "config.json: model_type is 'qwen2_moe'; supported are")
-
-
-def test_absurd_sizes_are_refused_before_memory_is_allocated(place):
-    raw = json.loads((place / "model" / "config.json").read_text())
-    for sizes in ({"hidden_size": 2**26, "vocab_size": 2**32}, {"num_hidden_layers": 10**9}):
-        (place / "model" / "config.json").write_text(json.dumps(raw | sizes))
-        refused(place, "has shape .* but config.json asks for|the weights lack 'model.layers.3")
-
-
-def test_no_end_of_text_token_to_append(place):
-    config = json.loads((place / "model" / "tokenizer.json").read_text())
-    text = json.dumps(config).replace("<|endoftext|>", "<|unused|>")
-    (place / "model" / "tokenizer.json").write_text(text)
-    (place / "model" / "generation_config.json").unlink()
-    refused(place, "no end-of-text token", append_end_of_text=True)
-
-
-def test_output_that_is_a_file(place):
-    (place / "taken").write_text("mine")
-    refused(place, "taken", output=place / "taken")
-    refused(place, "taken", output=place / "taken" / "below")
 
 
 def test_a_full_disk_while_tokenising(place, monkeypatch):
@@ -337,23 +305,20 @@ BAD_SETTINGS = {
     "batch_size": (0, -4, 2.5), "lr": (0, "nan", "inf", "fast"), "epochs": ("inf", 0), "steps": (0,), "seed": (-1,),
     "warmup": (1.5, "nan"), "alpha": (-0.1, "nan"), "weight_decay": (-1,), "max_grad_norm": (0,), "save_every": (-1,),
     "keep_checkpoints": (-1,), "max_skipped": (-1,), "log_every": (0,), "eval_every": (0,), "micro_batch_tokens": (0,),
-    "max_tokens": (0,), "rope_theta": (-5,), "max_position_embeddings": (0,),
+    "max_tokens": (0,), "rope_theta": (-5,), "max_position_embeddings": (0,), "beta": (0, "nan"),
+    "label_smoothing": (0.6, -1),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD_SETTINGS.items() for value in values])
 def test_settings_out_of_range(place, name, value):
-    refused(place, f"--{name.replace('_', '-')}.*: '{value}' is not", **{name: value})
+    method = "dpo" if name in ("beta", "label_smoothing") else "redi"
+    refused(place, f"--{name.replace('_', '-')}.*: '{value}' is not", method, **{name: value})
 
 
 def test_settings_that_are_no_choice(place):
     refused(place, "--dtype: invalid choice: 'float16'", dtype="float16")
     refused(place, "--resume and --overwrite exclude each other", resume=True, overwrite=True)
-
-
-@pytest.mark.parametrize("changes", [{"beta": 0}, {"beta": "nan"}, {"label_smoothing": 0.6}, {"label_smoothing": -1}])
-def test_settings_of_dpo_out_of_range(place, changes):
-    refused(place, "--(beta|label-smoothing): '.*' is not", method="dpo", **changes)
 
 
 @pytest.mark.parametrize("method, flag, owners", [
@@ -370,16 +335,11 @@ def test_flags_of_another_method_are_refused(place, method, flag, owners):
 # As a command
 
 
-def command(*words, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, words)], capture_output=True, text=True,
-                          env=environment, timeout=300, **options)
-
-
 def test_the_command_says_one_sentence_and_fails(place):
     (place / "pairs.jsonl").write_text('{"prompt": "a"}\n')
     before = contents(place)
-    run = command(*arguments(place))
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(place)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 1 and run.stdout == ""
     assert run.stderr == f"error: {place}/pairs.jsonl, line 1: no key 'chosen' (found prompt)\n"
     assert contents(place) == before

@@ -17,10 +17,7 @@ from redi.rows import TokenSettings
 from redi.training.run import MetricsLog
 from redi.tokenizer import Tokenizer
 from tests import tiny
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from tests.test_rows import write
 
 
 def test_any_changed_byte_of_a_cached_array_is_noticed(tmp_path):
@@ -56,8 +53,10 @@ def test_any_changed_token_id_in_a_cache_is_noticed(tmp_path):
         with pytest.raises(ValueError, match=f"{file.name} is corrupt .*delete it"):
             data.load_dataset(*arguments)
     save_file({"lines": torch.zeros(2)}, file)
-    with pytest.raises(ValueError, match=f"{file.name} is corrupt"):
-        data.load_dataset(*arguments)
+    for damaged in (file.read_bytes(), b"", b"\x10\0\0\0\0\0\0\0not a header....", whole[:-3]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{file.name} is corrupt .*delete it"):
+            data.load_dataset(*arguments)
     file.write_bytes(whole)
     again = data.load_dataset(*arguments)
     assert again.digest == first.digest and again.ids.tolist() == ids
@@ -69,8 +68,7 @@ def test_any_changed_token_id_in_a_cache_is_noticed(tmp_path):
     ([1, None], "line 2: step None"), ([1, True], "line 2: step True"), (["1"], "line 1: step '1'"),
 ])  # fmt: skip
 def test_a_log_whose_steps_do_not_rise_is_refused_and_kept(tmp_path, steps, message):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+    path = write(tmp_path / "metrics.jsonl", *({"step": step} for step in steps))
     before = path.read_bytes()
     with pytest.raises(ValueError, match=f"metrics.jsonl, {message}"):
         MetricsLog(path, 3)
@@ -81,7 +79,7 @@ def test_lines_that_a_log_lacks_are_told(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 3}\n{"step": 4}\n{"step')
     MetricsLog(path, 3).write({"step": 4, "again": True})
-    assert rows(path) == [{"step": 1}, {"step": 3}, {"step": 4, "again": True}]
+    assert tiny.read_rows(path) == [{"step": 1}, {"step": 3}, {"step": 4, "again": True}]
     assert "metrics.jsonl lacks the lines of 1 of the 3 steps done" in capsys.readouterr().out
 
 
@@ -101,7 +99,7 @@ def evaluated(tmp_path_factory):
     place = tmp_path_factory.mktemp("evaluated")
     tiny.write_model(place / "model", num_hidden_layers=1)
     problems = [{"id": f"p{i}", "problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
-    (place / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    write(place / "problems.jsonl", *problems)
     return place
 
 
@@ -121,9 +119,9 @@ def run_again(place):
 def test_damaged_samples_are_named(evaluated, changes, message):
     path = run_again(evaluated)
     whole = path.read_bytes()
-    lines = rows(path)
+    lines = tiny.read_rows(path)
     lines[1].update(changes)
-    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    write(path, *lines)
     before = path.read_bytes()
     try:
         with pytest.raises(ValueError, match=f"samples.jsonl.*{message}"):
@@ -136,9 +134,8 @@ def test_damaged_samples_are_named(evaluated, changes, message):
 def test_a_score_in_the_file_is_not_believed(evaluated):
     path = run_again(evaluated)
     whole = path.read_bytes()
-    path.write_bytes(
-        whole.replace(b'"correct": false', b'"correct": true').replace(b'"answer": null', b'"answer": "1"')
-    )
+    better = whole.replace(b'"correct": false', b'"correct": true').replace(b'"answer": null', b'"answer": "1"')
+    path.write_bytes(better)
     assert path.read_bytes() != whole
     assert run_again(evaluated).read_bytes() == whole
     assert json.loads((evaluated / "out" / "results.json").read_text())["results"][0]["pass@1"] == 0
@@ -170,7 +167,6 @@ def test_a_process_that_waits_for_a_dead_one_says_so(monkeypatch):
 def test_odd_end_of_text_ids_are_passed_over(tmp_path):
     tiny.write_tokenizer(tmp_path)
     plain = Tokenizer.from_pretrained(tmp_path).stop_ids
-    (tmp_path / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": [-1, 2**80, True, 1.5, None, "2", 10**6]})
-    )
+    odd = {"eos_token_id": [-1, 2**80, True, 1.5, None, "2", 10**6]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(odd))
     assert Tokenizer.from_pretrained(tmp_path).stop_ids == plain

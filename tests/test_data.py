@@ -261,23 +261,6 @@ def test_the_digest_is_of_the_ids_and_labels(tmp_path, tokenizer):
     assert load(write(tmp_path / "d.jsonl", *rows), tokenizer, SFT).digest in digests
 
 
-def test_an_interrupted_tokenisation_leaves_no_cache(tmp_path, tokenizer):
-    path = write(tmp_path / "p.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "a"})
-    with pytest.raises(ValueError, match="line 2: no key 'completion'"):
-        load(path, tokenizer, SFT)
-    assert os.listdir(tmp_path) == ["p.jsonl"]
-
-
-@pytest.mark.parametrize("damage", [b"", b"\x10\0\0\0\0\0\0\0not a header....", None])
-def test_a_damaged_cache_is_named(tmp_path, tokenizer, damage):
-    path = write(tmp_path / "p.jsonl", {"prompt": "a", "completion": "b"})
-    load(path, tokenizer, SFT)
-    (cache,) = caches(path)
-    cache.write_bytes(cache.read_bytes()[:-3] if damage is None else damage)
-    with pytest.raises(ValueError, match="tokens-[0-9a-f]{16}.safetensors is corrupt.*delete it"):
-        load(path, tokenizer, SFT)
-
-
 # Held-out rows
 
 

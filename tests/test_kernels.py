@@ -101,8 +101,10 @@ def test_token_logps_of_a_large_head(chunk_size):
     lambda x: kernels.linear(x, torch.ones(512, 512, requires_grad=True), None),
     lambda x: kernels.rms_norm(x, torch.ones(512, requires_grad=True), 1e-6),
     lambda x: kernels.swiglu(x, x),
+    lambda x: token_logps(x, torch.ones(7, 512), torch.arange(256) % 7),
 ])  # fmt: skip
 def test_a_second_derivative_is_refused(function):
+    """A hand-written backward is not differentiable; without the refusal it would be silently wrong."""
     x = torch.randn(256, 512, requires_grad=True)
     [gradient] = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -30,18 +30,8 @@ def folder(tmp_path_factory) -> Path:
 def load(folder: Path, method: str, *flags: str) -> tuple[Tokenizer, data.Dataset]:
     """The data set that the command trains on."""
     file = "positives.jsonl" if method == "sft" else "pairs.jsonl"
-    args = train.parse_args(
-        [
-            method,
-            "--model",
-            str(folder / "model"),
-            "--data",
-            str(folder / file),
-            "--output",
-            str(folder / "out"),
-            *flags,
-        ]
-    )
+    paths = "--model", str(folder / "model"), "--data", str(folder / file), "--output", str(folder / "out")
+    args = train.parse_args([method, *paths, *flags])
     tokenizer = Tokenizer.from_pretrained(folder / "model")
     config = SimpleNamespace(max_position_embeddings=512)
     return tokenizer, train.load_data(args, args.data, tokenizer, config)
@@ -58,11 +48,8 @@ def inputs_and_labels(dataset: data.Dataset, sequence: int) -> tuple[list[int], 
 
 def texts(folder: Path, method: str) -> list[tuple[list[dict], str]]:
     """(prompt, response) of every sequence."""
-    file, keys = (
-        ("positives.jsonl", ["completion"]) if method == "sft" else ("pairs.jsonl", ["chosen", "rejected"])
-    )
-    rows = [json.loads(line) for line in (folder / file).read_text().splitlines()]
-    return [(row["prompt"], row[key][0]["content"]) for row in rows for key in keys]
+    file, keys = ("positives.jsonl", ["completion"]) if method == "sft" else ("pairs.jsonl", ["chosen", "rejected"])
+    return [(row["prompt"], row[key][0]["content"]) for row in tiny.read_rows(folder / file) for key in keys]
 
 
 @pytest.mark.parametrize("method", ["sft", "redi"])
@@ -78,10 +65,8 @@ def test_labels_and_lengths(folder, method, official_end, loss_on_prompt):
     counts = dataset.label_counts.reshape(-1)
     for s, (prompt, response) in enumerate(texts(folder, method)):
         prompt_ids = tokenizer.encode_prompt(prompt)
-        completion = tiny.completion_ids(tokenizer, response)
-        completion += (
-            tokenizer.encode("<|im_end|>\n<|endoftext|>") if official_end else tokenizer.encode("<|im_end|>")
-        )
+        end = "<|im_end|>\n<|endoftext|>" if official_end else "<|im_end|>"
+        completion = tiny.completion_ids(tokenizer, response) + tokenizer.encode(end)
         inputs, labels = inputs_and_labels(dataset, s)
         assert inputs == (prompt_ids + completion)[:-1]
         # The first token has nothing before it that could predict it.
@@ -98,9 +83,8 @@ def test_forced_think_without_the_newline(folder):
         inputs, labels = inputs_and_labels(dataset, s)
         assert tokenizer.decode(evaluated, skip_special_tokens=False).endswith("assistant\n<think>")
         assert inputs[: len(evaluated)] == evaluated
-        assert inputs[len(evaluated) :] + labels[-1:] == (
-            tokenizer.encode(response.removeprefix("<think>")) + [tokenizer.end_of_turn_id]
-        )
+        sampled = tokenizer.encode(response.removeprefix("<think>")) + [tokenizer.end_of_turn_id]
+        assert inputs[len(evaluated) :] + labels[-1:] == sampled
 
 
 def naive_logps(folder: Path, ids: list[int], labels_from: int) -> torch.Tensor:
@@ -114,20 +98,8 @@ def test_the_command_trains_on_them(folder, method):
     flags = ["--append-end-of-text"] + ["--loss-on-prompt"] * (method == "sft")
     file = "positives.jsonl" if method == "sft" else "pairs.jsonl"
     command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        method,
-        "--model",
-        "model",
-        "--data",
-        file,
-        "--output",
-        f"out-{method}",
-        "--batch-size",
-        "5",
-        "--steps",
-        "1",
-        *flags,
+        sys.executable, str(ROOT / "train.py"), method, "--model", "model", "--data", file, "--output", f"out-{method}",
+        "--batch-size", "5", "--steps", "1", *flags,
     ]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     metrics = json.loads((folder / f"out-{method}" / "metrics.jsonl").read_text())
@@ -136,9 +108,7 @@ def test_the_command_trains_on_them(folder, method):
     logps = []
     for prompt, response in texts(folder, method):
         prompt_ids = tokenizer.encode_prompt(prompt)
-        ids = (
-            prompt_ids + tiny.completion_ids(tokenizer, response) + tokenizer.encode("<|im_end|>\n<|endoftext|>")
-        )
+        ids = prompt_ids + tiny.completion_ids(tokenizer, response) + tokenizer.encode("<|im_end|>\n<|endoftext|>")
         logps.append(naive_logps(folder, ids, 1 if method == "sft" else len(prompt_ids)))
     means = torch.stack([values.mean() for values in logps])
     if method == "sft":

@@ -6,25 +6,29 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import train
 from redi import data
-from redi.attention import packed_attention
-from redi.tokenizer import CHATML_TEMPLATE
 from redi.evaluation.generation import Request, generate
 from redi.losses import sequence_logps
 from redi.model import CausalLM
 from redi.hub.weights import load_pretrained, save_pretrained
 from redi.problems import user_message
-from redi.rows import TokenSettings, read_examples
-from redi.tokenizer import Tokenizer
+from redi.rows import read_examples
+from redi.tokenizer import CHATML_TEMPLATE, Tokenizer
 from tests import tiny
+from tests.test_data import PAIRS, SFT, load
+from tests.test_rows import assistant, user
+from tests.test_tokenizer import QWEN_TEMPLATE, THINKING_TEMPLATE
 
 PEERS = "needs the libraries of tests/requirements.txt"
 transformers = pytest.importorskip("transformers", reason=PEERS)
@@ -34,59 +38,22 @@ pytestmark = pytest.mark.peers
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
+    hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
     max_position_embeddings=256,
 )
 LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
 CONFIGS = {  # name: (config class, what differs from SIZES)
     "qwen2": ("Qwen2Config", {"rope_parameters": {"rope_type": "default", "rope_theta": 30000.0}}),
-    "qwen3": (
-        "Qwen3Config",
-        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "llama3": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE, "rms_norm_eps": 1e-5}),
 }
-# Qwen2.5-Math's, without its branches for tools; and one that opens the reasoning itself, as Qwen3's do.
-QWEN_TEMPLATE = (
-    "{%- if messages[0]['role'] == 'system' %}\n"
-    "    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n"
-    "{%- else %}\n"
-    "    {{- '<|im_start|>system\\nPlease reason step by step, and put your final answer within \\\\boxed{}."
-    "<|im_end|>\\n' }}\n"
-    "{%- endif %}\n"
-    "{%- for message in messages %}\n"
-    '    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or '
-    '(message.role == "assistant") %}\n'
-    "        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n"
-    "    {%- endif %}\n"
-    "{%- endfor %}\n"
-    "{%- if add_generation_prompt %}\n"
-    "    {{- '<|im_start|>assistant\\n' }}\n"
-    "{%- endif %}\n"
-)
-THINKING_TEMPLATE = QWEN_TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
 CONVERSATIONS = [
-    [{"role": "user", "content": "What is 1 + 2?"}],
-    [
-        {"role": "system", "content": "Answer in one word.  "},
-        {"role": "user", "content": " <|im_end|> \\boxed{½} 中\n"},
-    ],
-    [
-        {"role": "user", "content": "1 + 1?"},
-        {"role": "assistant", "content": "<think>\n1 + 1 = 2\n</think>\n2"},
-        {"role": "user", "content": "and once more?"},
-    ],
+    [user("What is 1 + 2?")],
+    [{"role": "system", "content": "Answer in one word.  "}, user(" <|im_end|> \\boxed{½} 中\n")],
+    [user("1 + 1?"), assistant("<think>\n1 + 1 = 2\n</think>\n2"), user("and once more?")],
     [user_message("Find $x$.", "open-r1")],
 ]
 
@@ -96,9 +63,7 @@ def save_with_transformers(directory: Path, name: str, tied: bool, template: str
     class_name, changes = CONFIGS[name]
     tiny.write_tokenizer(directory, vocab_size=400)
     vocab_size = Tokenizer.from_pretrained(directory).vocab_size + 5
-    config = getattr(transformers, class_name)(
-        vocab_size=vocab_size, tie_word_embeddings=tied, **SIZES, **changes
-    )
+    config = getattr(transformers, class_name)(vocab_size=vocab_size, tie_word_embeddings=tied, **SIZES, **changes)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -113,14 +78,8 @@ def save_with_transformers(directory: Path, name: str, tied: bool, template: str
     return model.eval()
 
 
-@torch.no_grad()
 def our_logits(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
-    length = torch.tensor([0, len(ids)], dtype=torch.int32)
-
-    def attend(q, k, v):
-        return packed_attention(q, k, v, length, len(ids))
-
-    return model.logits(model.hidden(ids, torch.arange(len(ids)), [attend] * model.config.num_hidden_layers))
+    return tiny.all_logits(model, F.pad(ids, (0, 1)))  # which leaves out the last
 
 
 @torch.no_grad()
@@ -143,18 +102,14 @@ def test_their_model_here_and_back(tmp_path, name, tied):
     torch.testing.assert_close(our_logits(ours, ids), expected, rtol=0, atol=1e-4)
 
     save_pretrained(ours, tmp_path / "ours", Tokenizer.from_pretrained(tmp_path / "theirs"))
-    back, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True
-    )
+    back, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     assert type(back) is type(theirs)
     torch.testing.assert_close(their_logits(back.eval(), ids), expected, rtol=0, atol=0)
     tokenizer = Tokenizer.from_pretrained(tmp_path / "theirs")
     assert back.generation_config.eos_token_id == tokenizer.stop_ids
 
-    prompts = [
-        some_ids(theirs.config.vocab_size, length, seed).tolist() for seed, length in enumerate((1, 7, 30))
-    ]
+    prompts = [some_ids(theirs.config.vocab_size, length, seed).tolist() for seed, length in enumerate((1, 7, 30))]
     requests = [Request(prompt, key=0, max_new_tokens=40) for prompt in prompts]
     for index, sampled, _ in generate(ours, requests, tokenizer.stop_ids, temperature=0):
         prompt = torch.tensor([prompts[index]])
@@ -176,23 +131,17 @@ def test_config_in_the_spelling_of_transformers_4(tmp_path, name):
     config.pop("layer_types", None)
     path.write_text(json.dumps(config))
     ids = some_ids(theirs.config.vocab_size)
-    torch.testing.assert_close(
-        our_logits(load_pretrained(tmp_path), ids), their_logits(theirs, ids), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(our_logits(load_pretrained(tmp_path), ids), their_logits(theirs, ids), rtol=0, atol=1e-4)
 
 
 def test_bf16_directory_and_edited_context_as_the_paper_does(tmp_path):
     """rope_theta and max_position_embeddings replaced on loading are what transformers sees after saving."""
     theirs = save_with_transformers(tmp_path / "base", "qwen2", tied=True)
     ours = load_pretrained(tmp_path / "base", rope_theta=300000.0, max_position_embeddings=512)
-    save_pretrained(
-        ours, tmp_path / "edited", Tokenizer.from_pretrained(tmp_path / "base"), dtype=torch.bfloat16
-    )
+    save_pretrained(ours, tmp_path / "edited", Tokenizer.from_pretrained(tmp_path / "base"), dtype=torch.bfloat16)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "edited", dtype="auto").eval()
     assert back.dtype == torch.bfloat16
-    assert (
-        back.config.rope_parameters["rope_theta"] == 300000.0 and back.config.max_position_embeddings == 512
-    )
+    assert back.config.rope_parameters["rope_theta"] == 300000.0 and back.config.max_position_embeddings == 512
     ids = some_ids(theirs.config.vocab_size)
     again = our_logits(load_pretrained(tmp_path / "edited"), ids)
     torch.testing.assert_close(their_logits(back.float(), ids), again, rtol=0, atol=1e-4)
@@ -200,9 +149,8 @@ def test_bf16_directory_and_edited_context_as_the_paper_does(tmp_path):
 
 
 @pytest.mark.parametrize("as_file", [True, False], ids=["chat_template.jinja", "tokenizer_config.json"])
-@pytest.mark.parametrize(
-    "template", [CHATML_TEMPLATE, QWEN_TEMPLATE, THINKING_TEMPLATE], ids=["chatml", "qwen", "thinking"]
-)
+@pytest.mark.parametrize("template", [CHATML_TEMPLATE, QWEN_TEMPLATE, THINKING_TEMPLATE],
+                         ids=["chatml", "qwen", "thinking"])  # fmt: skip
 @pytest.mark.parametrize("name", ["qwen2", "llama3"])
 def test_chat_text_and_ids(tmp_path, name, template, as_file):
     """In a directory of theirs, and in the one that we save from it."""
@@ -226,12 +174,6 @@ def test_chat_text_and_ids(tmp_path, name, template, as_file):
             assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
-def rows_as_trl_sees_them(path: Path, tmp_path: Path) -> list[dict]:
-    return list(
-        datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
-    )
-
-
 @pytest.mark.parametrize("file", ["positives.jsonl", "pairs.jsonl"])
 def test_trl_reads_our_files(tmp_path, file):
     """Loaded by datasets, rendered by TRL: the text that we train on, and the newline that ends a turn."""
@@ -240,9 +182,9 @@ def test_trl_reads_our_files(tmp_path, file):
     ours = Tokenizer.from_pretrained(tmp_path / "model")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     pairs = file == "pairs.jsonl"
-    settings = TokenSettings(pairs=pairs, max_prompt=512, max_response=512, max_total=512)
-    dataset = data.load_dataset(tmp_path / file, ours, settings, tmp_path)
-    rows = rows_as_trl_sees_them(tmp_path / file, tmp_path)
+    dataset = load(tmp_path / file, ours, PAIRS if pairs else SFT)
+    where = {"data_files": str(tmp_path / file), "cache_dir": str(tmp_path / "cache")}
+    rows = datasets.load_dataset("json", split="train", **where)
     assert len(rows) == len(dataset) == 24
     for i, row in enumerate(rows):
         assert trl_data.is_conversational(row)
@@ -256,48 +198,23 @@ def test_trl_reads_our_files(tmp_path, file):
             assert ours.decode(ids[cut:], skip_special_tokens=False) + "\n" == texts[key]
 
 
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
+BLUE, GREEN = [assistant("blue")], [assistant("green")]
+TURNS = [user("Sky?"), assistant("Where?"), user("Here.")]
 PREFERENCES = [
     # Strings.
     {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
     {"chosen": "The sky is blue.", "rejected": "The sky is green."},
     {"chosen": "The sky is blue.", "rejected": "The sky is blueish."},  # a common start within a word
     # Messages.
-    {"prompt": [user("Sky?")], "chosen": [assistant("It is blue.")], "rejected": [assistant("It is green.")]},
-    {"chosen": [user("Sky?"), assistant("blue")], "rejected": [user("Sky?"), assistant("green")]},
-    {
-        "chosen": [user("Sky?"), assistant("Where?"), user("Here."), assistant("blue")],
-        "rejected": [user("Sky?"), assistant("Where?"), user("Here."), assistant("green")],
-    },
-    {
-        "prompt": [{"role": "system", "content": "Be brief."}, user("Sky?")],
-        "chosen": [assistant("blue")],
-        "rejected": [assistant("green")],
-    },
-    {
-        "prompt": [user("Sky?"), assistant("Where?"), user("Here.")],
-        "chosen": [assistant("blue")],
-        "rejected": [assistant("green")],
-    },
+    {"prompt": [user("Sky?")], "chosen": BLUE, "rejected": GREEN},
+    {"chosen": [user("Sky?"), *BLUE], "rejected": [user("Sky?"), *GREEN]},
+    {"chosen": [*TURNS, *BLUE], "rejected": [*TURNS, *GREEN]},
+    {"prompt": [{"role": "system", "content": "Be brief."}, user("Sky?")], "chosen": BLUE, "rejected": GREEN},
+    {"prompt": TURNS, "chosen": BLUE, "rejected": GREEN},
     # An answer in several turns that begin alike, after a prompt of its own.
-    {
-        "prompt": [user("Sky?")],
-        "chosen": [assistant("Where?"), user("Here."), assistant("blue")],
-        "rejected": [assistant("Where?"), user("Here."), assistant("green")],
-    },
+    {"prompt": TURNS[:1], "chosen": [*TURNS[1:], *BLUE], "rejected": [*TURNS[1:], *GREEN]},
     # The official code's: the question as a string, and again inside both conversations.
-    {
-        "prompt": "Sky?",
-        "chosen": [user("Sky?"), assistant("blue")],
-        "rejected": [user("Sky?"), assistant("green")],
-    },
+    {"prompt": "Sky?", "chosen": [user("Sky?"), *BLUE], "rejected": [user("Sky?"), *GREEN]},
     # The answers begin alike after an explicit prompt.
     {"prompt": "The sky is", "chosen": " light blue.", "rejected": " light green."},
 ]
@@ -311,8 +228,7 @@ def test_we_read_trls_preferences_as_trl_does(tmp_path, row):
         # TRL trains on every turn of the answer; we, on the last one after the same conversation.
         shared = len(expected["chosen"]) - 1
         expected = {
-            "prompt": expected["prompt"] + expected["chosen"][:shared],
-            "chosen": expected["chosen"][shared:],
+            "prompt": expected["prompt"] + expected["chosen"][:shared], "chosen": expected["chosen"][shared:],
             "rejected": expected["rejected"][shared:],
         }
     [example] = read_examples(tmp_path / "rows.jsonl", pairs=True)
@@ -326,10 +242,7 @@ def test_we_read_trls_preferences_as_trl_does(tmp_path, row):
     [
         {"prompt": "The sky is", "completion": " blue."},
         {"prompt": [user("Sky?")], "completion": [assistant("blue")]},
-        {
-            "prompt": [{"role": "system", "content": "Brief."}, user("Sky?")],
-            "completion": [assistant("blue")],
-        },
+        {"prompt": [{"role": "system", "content": "Brief."}, user("Sky?")], "completion": [assistant("blue")]},
         {"messages": [user("Sky?"), assistant("blue")]},
         {"messages": [user("Sky?"), assistant("Where?"), user("Here."), assistant("blue")]},
     ],
@@ -341,8 +254,7 @@ def test_we_read_trls_sft_forms_as_trl_does(tmp_path, row):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     ours = Tokenizer.from_pretrained(tmp_path)
-    settings = TokenSettings(pairs=False, max_prompt=512, max_response=512, max_total=512)
-    dataset = data.load_dataset(tmp_path / "rows.jsonl", ours, settings, tmp_path)
+    dataset = load(tmp_path / "rows.jsonl", ours, SFT)
     text = ours.decode(dataset.ids.tolist(), skip_special_tokens=False)
     if trl_data.is_conversational(row):
         rendered = trl_data.apply_chat_template(row, theirs)
@@ -373,8 +285,7 @@ def test_losses_copied_into_a_transformers_loop(tmp_path, tied, monkeypatch):
     theirs = save_with_transformers(tmp_path / "model", "qwen2", tied)
     tiny.write_rows(tmp_path, examples=5)
     tokenizer = Tokenizer.from_pretrained(tmp_path / "model")
-    settings = TokenSettings(pairs=True, max_prompt=256, max_response=256, max_total=256)
-    dataset = data.load_dataset(tmp_path / "pairs.jsonl", tokenizer, settings, tmp_path)
+    dataset = load(tmp_path / "pairs.jsonl", tokenizer, PAIRS)
     micro = data.pack(dataset, list(range(5)))
 
     ours = load_pretrained(tmp_path / "model")
@@ -391,44 +302,23 @@ def test_losses_copied_into_a_transformers_loop(tmp_path, tied, monkeypatch):
     for i, s in enumerate(sequences):
         ids = torch.from_numpy(dataset.ids[dataset.offsets[s] : dataset.offsets[s + 1]].astype("int64"))
         prompt = dataset.prompt_lengths[s]
-        input_ids[i, : len(ids)], attention_mask[i, : len(ids)], labels[i, prompt : len(ids)] = (
-            ids,
-            1,
-            ids[prompt:],
-        )
+        input_ids[i, : len(ids)], labels[i, prompt : len(ids)] = ids, ids[prompt:]
+        attention_mask[i, : len(ids)] = 1
 
-    class KeepGradients:
-        def step(self):
-            self.gradients = {name: p.grad.clone() for name, p in theirs.named_parameters()}
-
-        def zero_grad(self):
-            theirs.zero_grad()
-
-    optimizer = KeepGradients()
+    optimizer = mock.Mock()  # its zero_grad clears nothing: the gradients stay for the comparison
     value = copied_step(tmp_path / "copy", monkeypatch)(theirs, optimizer, input_ids, attention_mask, labels)
+    optimizer.step.assert_called_once()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
     assert value == pytest.approx(loss.item(), abs=1e-5)
     expected = {name: p.grad for name, p in ours.named_parameters()}
-    assert optimizer.gradients.keys() == expected.keys()
-    for name, gradient in optimizer.gradients.items():
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
     # And our own step as the command takes it.
     command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "redi",
-        "--model",
-        "model",
-        "--data",
-        "pairs.jsonl",
-        "--output",
-        "out",
-        "--batch-size",
-        "5",
-        "--steps",
-        "1",
-        "--micro-batch-tokens",
-        "150",
+        sys.executable, str(ROOT / "train.py"), "redi", "--model", "model", "--data", "pairs.jsonl", "--output", "out",
+        "--batch-size", "5", "--steps", "1", "--micro-batch-tokens", "150",
     ]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     metrics = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
@@ -440,12 +330,8 @@ def test_loss_on_prompt_is_what_the_official_collator_does(tmp_path):
     """Labels of a packed batch, before the shift by one that transformers makes inside its loss."""
     tiny.write_tokenizer(tmp_path)
     tiny.write_rows(tmp_path, examples=5)
-    settings = TokenSettings(
-        pairs=False, max_prompt=512, max_response=512, max_total=512, loss_on_prompt=True
-    )
-    dataset = data.load_dataset(
-        tmp_path / "positives.jsonl", Tokenizer.from_pretrained(tmp_path), settings, tmp_path
-    )
+    settings = replace(SFT, loss_on_prompt=True)
+    dataset = load(tmp_path / "positives.jsonl", Tokenizer.from_pretrained(tmp_path), settings)
     sequences = [dataset.ids[start:end].tolist() for start, end in zip(dataset.offsets, dataset.offsets[1:])]
     theirs = transformers.DataCollatorWithFlattening()([{"input_ids": ids} for ids in sequences])
     # Theirs takes each sequence's last token as an input too, which predicts nothing.

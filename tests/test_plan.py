@@ -23,17 +23,9 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parent.parent
 # Qwen2.5-Math-1.5B
 QWEN_1_5B = {
-    "model_type": "qwen2",
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "rope_theta": 300000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
+    "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
+    "rope_theta": 300000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
 }
 
 
@@ -48,6 +40,15 @@ def planned(folder: Path, *arguments: str) -> str:
     with contextlib.chdir(folder), contextlib.redirect_stdout(out):
         train.main([*arguments, "--output", "none", "--plan"])
     return out.getvalue()
+
+
+def without_weights(folder: Path, name: str) -> Path:
+    """A copy of the model directory, but for the weights, which a plan does not read."""
+    copy = folder / name
+    copy.mkdir(exist_ok=True)
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (copy / file).write_bytes((folder / "model" / file).read_bytes())
+    return copy
 
 
 def figure(text: str, pattern: str) -> str:
@@ -70,24 +71,19 @@ SETTINGS = {
 
 @pytest.mark.parametrize("method", SETTINGS)
 def test_steps_and_tokens_are_those_of_a_real_run(folder, method):
-    """Without the weights, which are not read; with dropped rows, and a last step that is smaller."""
+    """With dropped rows, and a last step that is smaller."""
     settings = [method, *SETTINGS[method], "--epochs", "2", "--micro-batch-tokens", "300", "--seed", "3",
                 "--max-response-tokens", "60", "--max-tokens", "80"]  # fmt: skip
     run(folder, *settings, "--model", "model", "--output", method)
-    rows = [json.loads(line) for line in (folder / method / "metrics.jsonl").read_text().splitlines()]
-
-    weightless = folder / "weightless"
-    weightless.mkdir(exist_ok=True)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (weightless / name).write_bytes((folder / "model" / name).read_bytes())
-    text = planned(folder, *settings, "--model", "weightless")
+    rows = tiny.read_rows(folder / method / "metrics.jsonl")
+    text = planned(folder, *settings, "--model", str(without_weights(folder, "weightless")))
     assert not (folder / "none").exists()
     tokens = [row["tokens"] for row in rows]
     assert int(figure(text, r"steps +([\d,]+) of")) == len(rows)
     assert int(figure(text, r"tokens +([\d,]+);")) == sum(tokens)
     assert int(figure(text, r"a step ([\d,]+) to")) == min(tokens)
     assert int(figure(text, r" to ([\d,]+)\n")) == max(tokens)
-    assert "(0 too long" not in text and "2 epochs" in text and "fits: " in text
+    assert "(0 too long" not in text and "2 epochs" in text and "fits: " in text and "GiB of each rank" in text
 
 
 def test_more_ranks_share_the_work(folder):
@@ -129,13 +125,9 @@ def test_arithmetic_of_the_papers_model():
     size = np.array([5500.0])
     per_token = plan.training_flops(config, size, 0 * size, "nothing")[0] / 5500
     assert per_token == pytest.approx(3 * (2 * 1310.2e6 + 86016 * 5500), rel=1e-4)
-    head = (
-        plan.training_flops(config, size, size, "nothing") - plan.training_flops(config, size, 0 * size, "nothing")
-    )[0]
-    assert head / 5500 == pytest.approx(8 * 233.4e6, rel=2e-4)
-    assert plan.forward_flops(config, size, size)[0] / 5500 == pytest.approx(
-        2 * 1543.6e6 + 86016 * 5500, rel=1e-4
-    )
+    with_labels = plan.training_flops(config, size, size, "nothing")[0] / 5500
+    assert with_labels - per_token == pytest.approx(8 * 233.4e6, rel=2e-4)
+    assert plan.forward_flops(config, size, size)[0] / 5500 == pytest.approx(2 * 1543.6e6 + 86016 * 5500, rel=1e-4)
 
 
 def test_memory_of_the_papers_model_adds_up():
@@ -154,18 +146,11 @@ def test_memory_of_the_papers_model_adds_up():
     assert plan.peak_memory(config, 4096, 8, 2, "all")["loss"]["logits chunk"] == eight["loss"]["logits chunk"]
 
 
-@pytest.mark.parametrize(
-    "model_type, layers, vocab_size, tokens, recompute, keep_layers",
-    [
-        ("qwen2", 5, 1000, 1000, "all", 0),
-        ("qwen2", 5, 1000, 1000, "all-but-attention", 0),
-        ("qwen2", 5, 1000, 1000, "nothing", 0),
-        ("qwen3", 5, 1000, 1000, "nothing", 0),
-        ("qwen2", 5, 1000, 1000, "all", 2),
-        ("qwen2", 5, 1000, 1000, "all-but-attention", 3),
-        ("qwen2", 1, 10000, 6710, "all", 0),  # two full chunks of logits
-    ],
-)
+@pytest.mark.parametrize("model_type, layers, vocab_size, tokens, recompute, keep_layers", [
+    *(("qwen2", 5, 1000, 1000, *mode) for mode in MODES[:3]), ("qwen3", 5, 1000, 1000, "nothing", 0),
+    ("qwen2", 5, 1000, 1000, "all", 2), ("qwen2", 5, 1000, 1000, "all-but-attention", 3),
+    ("qwen2", 1, 10000, 6710, "all", 0),  # two full chunks of logits
+])  # fmt: skip
 def test_memory_of_the_model_against_torchs_count(model_type, layers, vocab_size, tokens, recompute, keep_layers):
     """Forward and backward without FSDP and AdamW, whose tensors are left out of the plan; in fp32 on a CPU."""
     shape = {**tiny.QWEN2, "hidden_size": 128, "intermediate_size": 704, "num_attention_heads": 4, "head_dim": 32}
@@ -189,13 +174,9 @@ def test_memory_of_the_model_against_torchs_count(model_type, layers, vocab_size
 
 def test_what_does_not_fit(folder):
     """A larger model's config is enough: no weights stand behind it."""
-    config = json.loads((folder / "model" / "config.json").read_text())
-    wide = folder / "wide"
-    wide.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (wide / name).write_bytes((folder / "model" / name).read_bytes())
-    del config["rope_parameters"]
-    (wide / "config.json").write_text(json.dumps({**config, **QWEN_1_5B, "head_dim": 128}))
+    path = without_weights(folder, "wide") / "config.json"
+    config = json.loads(path.read_text()) | QWEN_1_5B | {"head_dim": 128, "rope_parameters": None}
+    path.write_text(json.dumps(config))
 
     def verdict(*more: str) -> list[str]:
         text = planned(folder, "redi", "--model", "wide", "--data", "pairs.jsonl", *more)
@@ -236,12 +217,6 @@ def test_bad_settings(folder, flag, value):
         planned(folder, "redi", "--model", "model", "--data", "pairs.jsonl", flag, value)
 
 
-def test_the_command(folder):
-    settings = ["redi", "--model", "model", "--data", "pairs.jsonl", "--output", "none", "--plan"]
-    text = run(folder, *settings).stdout
-    assert "fits: " in text and "GiB of each rank" in text and not (folder / "none").exists()
-
-
 def test_described_gpus_do_not_change_what_a_run_on_a_cpu_computes_in():
     args = ["redi", "--model", "m", "--data", str(ROOT / "README.md"), "--output", "o", "--world-size", "8"]
     assert train.parse_args(args).dtype == ("bfloat16" if torch.cuda.is_available() else "float32")
@@ -256,5 +231,5 @@ def test_peak_memory_within_15_percent_on_a_gpu(folder):
     settings = ["redi", "--model", "large", "--data", "pairs.jsonl", "--batch-size", "23", "--steps", "3"]
     text = run(folder, *settings, "--output", "none", "--plan").stdout
     run(folder, *settings, "--output", "large-run")
-    rows = [json.loads(line) for line in (folder / "large-run" / "metrics.jsonl").read_text().splitlines()]
+    rows = tiny.read_rows(folder / "large-run" / "metrics.jsonl")
     assert float(figure(text, r"fit[^:]*: (\S+) of")) == pytest.approx(rows[-1]["peak_memory_gib"], rel=0.15)

@@ -54,16 +54,9 @@ PAIR_FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", POSITIVES)
-def test_forms_of_positives(tmp_path, form):
-    row, prompt, completions = POSITIVES[form]
-    example, = read_examples(write(tmp_path / "p.jsonl", row), pairs=False)
-    assert (example.line, example.prompt, example.completions) == (1, prompt, completions)
-
-
 @pytest.mark.parametrize("pairs, form", [(False, form) for form in POSITIVES] + [(True, form) for form in PAIR_FORMS])
-def test_null_keys_are_absent_keys(tmp_path, pairs, form):
-    """As `datasets` writes rows of several kinds in one file."""
+def test_forms_of_rows_and_null_keys_as_absent_keys(tmp_path, pairs, form):
+    """Nulls as `datasets` writes them for rows of several kinds in one file."""
     row, prompt, completions = (PAIR_FORMS if pairs else POSITIVES)[form]
     nulls = dict.fromkeys(["prompt", "completion", "messages", "chosen", "rejected", "label", "tools", "images"])
     extra = {"tool_calls": None, "reasoning_content": None, "name": None}
@@ -71,8 +64,9 @@ def test_null_keys_are_absent_keys(tmp_path, pairs, form):
         key: [{**message, **extra} for message in value] if key in nulls and isinstance(value, list) else value
         for key, value in row.items()
     }}  # fmt: skip
-    example, = read_examples(write(tmp_path / "p.jsonl", filled), pairs)
-    assert (example.prompt, example.completions) == (prompt, completions)
+    for line, example in enumerate(read_examples(write(tmp_path / "p.jsonl", row, filled), pairs), 1):
+        assert (example.line, example.prompt, example.completions) == (line, prompt, completions)
+    assert line == 2
 
 
 def test_nulls_within_a_tool_call_are_absent_too(tmp_path):
@@ -144,13 +138,6 @@ def test_reasoning_that_cannot_be_placed_is_named_by_its_line(tmp_path):
     with pytest.raises(ValueError, match="p.jsonl, line 2: .*'reasoning'"):
         list(encode_rows(write(tmp_path / "p.jsonl", *rows), Tokenizer.from_pretrained(tmp_path),
                          TokenSettings(False, 999, 999, 999)))
-
-
-@pytest.mark.parametrize("form", PAIR_FORMS)
-def test_forms_of_pairs(tmp_path, form):
-    row, prompt, completions = PAIR_FORMS[form]
-    example, = read_examples(write(tmp_path / "p.jsonl", row), pairs=True)
-    assert (example.line, example.prompt, example.completions) == (1, prompt, completions)
 
 
 def test_blank_lines_count_as_lines(tmp_path):

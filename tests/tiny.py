@@ -10,11 +10,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from redi.attention import packed_attention
-from redi.tokenizer import CHATML_TEMPLATE
 from redi.model import CausalLM
 from redi.hub.config import parse_config
 from redi.hub.weights import save_pretrained
-from redi.tokenizer import PREFILL, Tokenizer
+from redi.tokenizer import CHATML_TEMPLATE, PREFILL, Tokenizer
 
 TEXTS = ["What is 1 + 2? Let me think step by step: 1 + 2 = 3.\n</think>\nThe answer is \\boxed{3}.", "user assistant"]
 QWEN2 = {
@@ -29,11 +28,8 @@ def write_tokenizer(directory: Path, texts=TEXTS, vocab_size: int = 400) -> None
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -76,6 +72,10 @@ def write_rows(directory: Path, examples: int = 24, seed: int = 0) -> None:
             row = {"prompt": prompt, "id": f"row-{i}", "source": "test"}
             positives.write(json.dumps({**row, "completion": answer(a + b, n)}) + "\n")
             pairs.write(json.dumps({**row, "chosen": answer(a + b, n), "rejected": answer(a + b + 1, m)}) + "\n")
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def completion_ids(tokenizer: Tokenizer, text: str, prefill: str = PREFILL, prompt: str = "") -> list[int]:

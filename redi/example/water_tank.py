@@ -135,8 +135,7 @@ def write_data(output: str | Path, seed: int) -> None:
         if correct and wrong:
             pairs.append({"prompt": prompt, "chosen": [assistant_message(correct)],
                           "rejected": [assistant_message(wrong)], **named})  # fmt: skip
-    named_rows = {"teacher": teacher, "positives": positives, "pairs": pairs, "problems": test}
-    for name, rows in named_rows.items():
+    for name, rows in (("teacher", teacher), ("positives", positives), ("pairs", pairs), ("problems", test)):
         with write_atomically(output / f"{name}.jsonl") as file:
             file.writelines(map(json_line, rows))
 
@@ -238,14 +237,13 @@ def evaluate_models(evaluate: Command, models: list[Path], problems: Path, outpu
 
 
 def _introduction(data: Path) -> str:
-    pair = json.loads((data / "pairs.jsonl").read_text().partition("\n")[0])
-    correct, wrong = (pair[key][0]["content"] for key in ("chosen", "rejected"))
-    positives, pairs = (len((data / f"{name}.jsonl").read_text().splitlines()) for name in ("positives", "pairs"))
+    positives, pairs = (read_rows(data / f"{name}.jsonl") for name in ("positives", "pairs"))
+    correct, wrong = (pairs[0][key][0]["content"] for key in ("chosen", "rejected"))
     return f"""
 Water is added to and removed from a tank of {CAPACITY} litres, which can neither overflow nor go below empty.
 A teacher that often hurries has written {SOLUTIONS} traces for each of {TRAIN_PROBLEMS} problems. They give
-{positives} correct traces for SFT, and {pairs} pairs of a correct and a wrong trace for REDI. The first pair:
-    {pair["prompt"][0]["content"]}
+{len(positives)} correct traces for SFT, and {len(pairs)} pairs of a correct and a wrong trace for REDI. The first pair:
+    {pairs[0]["prompt"][0]["content"]}
 {_side_by_side(correct, wrong, "correct", "wrong")}"""
 
 

@@ -51,12 +51,8 @@ def parse_config(raw: dict, **overrides) -> ModelConfig:
     if values["head_dim"] % 2:
         raise ValueError(f"head_dim is {values['head_dim']}; rotary embeddings need an even number")
     return ModelConfig(
-        model_type=model_type,
-        rope_theta=float(values["rope_theta"]),
-        rms_norm_eps=values["rms_norm_eps"],
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-        rope_scaling=rope_scaling,
-        raw=dict(raw),
+        model_type=model_type, rope_theta=float(values["rope_theta"]), rms_norm_eps=values["rms_norm_eps"],
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings")), rope_scaling=rope_scaling, raw=dict(raw),
         **{key: values[key] for key in SIZES},
     )
 
@@ -76,14 +72,11 @@ def _refuse_unsupported(raw: dict) -> None:
         if not isinstance(raw.get(key) or kind(), kind):
             raise ValueError(f"{key} is {raw[key]!r}; expected {'an object' if kind is dict else 'a list'} or null")
     unsupported = {
-        "use_sliding_window": raw.get("use_sliding_window"),
+        **{key: raw.get(key) for key in ("use_sliding_window", "num_experts", "num_local_experts", "mlp_bias")},
         "layer_types": any(kind != "full_attention" for kind in raw.get("layer_types") or []),
         "quantization_config": raw.get("quantization_config") is not None,
-        "num_experts": raw.get("num_experts"),
-        "num_local_experts": raw.get("num_local_experts"),
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "attention_bias": raw.get("attention_bias") and raw["model_type"] != "qwen2",
-        "mlp_bias": raw.get("mlp_bias"),
         "partial_rotary_factor": raw.get("partial_rotary_factor") not in (None, 1),
     }
     for key, found in unsupported.items():
@@ -98,12 +91,9 @@ def _parse_rope(raw: dict) -> tuple[float, dict | None]:
     applies, as in transformers. Raises ValueError where two keys give different values.
     """
     parameters, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
-    thetas = {
-        "rope_theta": raw.get("rope_theta"),
-        "rope_parameters.rope_theta": parameters.get("rope_theta"),
-        "rope_scaling.rope_theta": old.get("rope_theta"),
-    }
-    (first, theta), *others = [item for item in thetas.items() if item[1] is not None] or [("default", 10000.0)]
+    places = {"": raw, "rope_parameters.": parameters, "rope_scaling.": old}
+    thetas = [(f"{place}rope_theta", values.get("rope_theta")) for place, values in places.items()]
+    (first, theta), *others = [item for item in thetas if item[1] is not None] or [("default", 10000.0)]
     for key, value in others:
         if value != theta:
             raise ValueError(f"{first} is {theta} but {key} is {value}; they must agree")
