@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 
 # Operations whose outputs selective activation checkpointing stores instead of recomputing.
-ATTENTION_OPS = {
-    "torch_attn::_varlen_attn", "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention",
-}
+ATTENTION_OPS = {"torch_attn::_varlen_attn", "aten::_scaled_dot_product_flash_attention_for_cpu",
+                 "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention"}
 VARLEN_HAS_GQA = torch.__version__ >= (2, 12)  # varlen_attn supports grouped queries
 
 
@@ -23,9 +21,8 @@ def uses_flash(q: torch.Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
-def packed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-) -> torch.Tensor:
+def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
+                     max_seqlen: int) -> torch.Tensor:
     """Each token attends to itself and to earlier tokens of its own sequence.
 
     Args: q (T, H, D), k and v (T, K, D), cu_seqlens (N+1,) int32, max_seqlen: tokens of the longest sequence.

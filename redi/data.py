@@ -143,9 +143,8 @@ def assign_to_ranks(dataset: Dataset, rows: np.ndarray, flops: Callable, max_tok
     return partition(rows, lengths.sum(1), flops(lengths).sum(1), ranks, max_tokens)
 
 
-def micro_batches(
-    dataset: Dataset, rows: np.ndarray, flops: Callable, max_tokens: int, rank: int, ranks: int
-) -> list["MicroBatch"]:
+def micro_batches(dataset: Dataset, rows: np.ndarray, flops: Callable, max_tokens: int, rank: int,
+                  ranks: int) -> list["MicroBatch"]:
     """This rank's packed micro-batches of a step: as many as every other rank gets."""
     return [pack(dataset, parts[rank]) for parts in assign_to_ranks(dataset, rows, flops, max_tokens, ranks)]
 

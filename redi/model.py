@@ -183,9 +183,8 @@ class CausalLM(nn.Module):
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
-    def hidden(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_fns: list[AttentionFn]
-    ) -> torch.Tensor:
+    def hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
+               attention_fns: list[AttentionFn]) -> torch.Tensor:
         """Output of the final norm, (T, C).
 
         Args: input_ids, position_ids (T,) int64; attention_fns: one per layer. Training passes packed causal
@@ -209,10 +208,8 @@ class CausalLM(nn.Module):
         dtype = matmul_dtype(hidden)
         return kernels.fp32_product(hidden.to(dtype), self.head_weight.to(dtype))
 
-    def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
-        labels: torch.Tensor, label_positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
+                labels: torch.Tensor, label_positions: torch.Tensor | None = None) -> torch.Tensor:
         """log π(label) of each packed token, (T,) fp32.
 
         Log-probs are computed here because FSDP gathers the head weight inside forward only.

@@ -12,10 +12,8 @@ from redi.files import error_context, read_jsonl
 from redi.tokenizer import PREFILL, REASONING_KEYS, Tokenizer
 
 # Keys that change what a trainer makes of a row, and that are not supported here.
-ROW_KEYS = (
-    "tools", "functions", "documents", "chat_template_kwargs", "system", "image", "images", "video", "videos", "audio",
-    "audios", "input_ids", "completion_mask", "assistant_masks", *REASONING_KEYS,
-)  # fmt: skip
+ROW_KEYS = ("tools", "functions", "documents", "chat_template_kwargs", "system", "image", "images", "video", "videos",
+            "audio", "audios", "input_ids", "completion_mask", "assistant_masks", *REASONING_KEYS)
 
 
 @dataclass(frozen=True)
@@ -51,13 +49,10 @@ def add_token_flags(add: Callable) -> None:
 
 def token_settings(args: argparse.Namespace, pairs: bool, context: int) -> TokenSettings:
     """The settings from the flags above; the limits of prompt and response apply to pairs. context: the model's."""
-    return TokenSettings(
-        pairs,
-        max_prompt=args.max_prompt_tokens if pairs else args.max_tokens,
-        max_response=args.max_response_tokens if pairs else args.max_tokens,
-        max_total=min(context, args.max_tokens), prefill=args.prefill, system_prompt=args.system_prompt,
-        append_end_of_text=args.append_end_of_text, loss_on_prompt=getattr(args, "loss_on_prompt", False),
-    )
+    prompt, response = (args.max_prompt_tokens, args.max_response_tokens) if pairs else (args.max_tokens,) * 2
+    return TokenSettings(pairs, prompt, response, min(context, args.max_tokens), prefill=args.prefill,
+                         system_prompt=args.system_prompt, append_end_of_text=args.append_end_of_text,
+                         loss_on_prompt=getattr(args, "loss_on_prompt", False))
 
 
 @dataclass

@@ -93,10 +93,8 @@ def _scaled_dot_product_attention(q, k, v, is_causal=False, enable_gqa=False):
     return torch.softmax(q @ k.transpose(2, 3), -1) @ v  # all scores in memory
 
 
-PRODUCTS = {
-    "mm", "addmm", "addmm_", "bmm", "_flash_attention_forward", "_varlen_attn", "_varlen_attn_backward",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention",
-}  # fmt: skip
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "_flash_attention_forward", "_varlen_attn", "_varlen_attn_backward",
+            "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention"}
 FLASH = {"_flash_attention_forward", "_varlen_attn", "_varlen_attn_backward"}
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal"}  # the host asks for a number
 

@@ -301,13 +301,11 @@ def test_a_full_disk_while_tokenising(place, monkeypatch):
 
 # Settings
 
-BAD_SETTINGS = {
-    "batch_size": (0, -4, 2.5), "lr": (0, "nan", "inf", "fast"), "epochs": ("inf", 0), "steps": (0,), "seed": (-1,),
-    "warmup": (1.5, "nan"), "alpha": (-0.1, "nan"), "weight_decay": (-1,), "max_grad_norm": (0,), "save_every": (-1,),
-    "keep_checkpoints": (-1,), "max_skipped": (-1,), "log_every": (0,), "eval_every": (0,), "micro_batch_tokens": (0,),
-    "max_tokens": (0,), "rope_theta": (-5,), "max_position_embeddings": (0,), "beta": (0, "nan"),
-    "label_smoothing": (0.6, -1),
-}  # fmt: skip
+BAD_SETTINGS = {"batch_size": (0, -4, 2.5), "lr": (0, "nan", "inf", "fast"), "epochs": ("inf", 0), "steps": (0,),
+                "seed": (-1,), "warmup": (1.5, "nan"), "alpha": (-0.1, "nan"), "weight_decay": (-1,),
+                "max_grad_norm": (0,), "save_every": (-1,), "keep_checkpoints": (-1,), "max_skipped": (-1,),
+                "log_every": (0,), "eval_every": (0,), "micro_batch_tokens": (0,), "max_tokens": (0,),
+                "rope_theta": (-5,), "max_position_embeddings": (0,), "beta": (0, "nan"), "label_smoothing": (0.6, -1)}
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD_SETTINGS.items() for value in values])

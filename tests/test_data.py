@@ -40,13 +40,6 @@ def caches(path) -> set:
     return set(path.parent.glob(f"{path.name}.tokens-*.safetensors"))
 
 
-def test_all_conversational_forms_give_the_same_ids(tmp_path, tokenizer):
-    forms = ["conversational", "implicit prompt", "official", "prompt repeated", "string prompt, messages"]
-    dataset = load(write(tmp_path / "p.jsonl", *(PAIR_FORMS[form][0] for form in forms)), tokenizer, PAIRS)
-    rows = [sequence_ids(dataset, 2 * i) + sequence_ids(dataset, 2 * i + 1) for i in range(len(forms))]
-    assert all(row == rows[0] for row in rows)
-
-
 # Ids and labels
 
 
@@ -131,28 +124,24 @@ def test_plain_strings_are_continued_without_a_template(tmp_path, tokenizer):
 def test_loss_on_prompt_end_of_text_and_system_prompt(tmp_path, tokenizer):
     path = write(tmp_path / "p.jsonl", {"prompt": [user("1+2?")], "completion": [assistant("3")]})
     plain = load(path, tokenizer, SFT)
-    whole = load(path, tokenizer, TokenSettings(False, 99, 99, 999, loss_on_prompt=True))
+    whole = load(path, tokenizer, replace(SFT, loss_on_prompt=True))
     assert sequence_ids(plain, 0) == sequence_ids(whole, 0)
     assert whole.label_counts.tolist() == [[len(sequence_ids(whole, 0)) - 1]]
     assert whole.prompt_lengths.tolist() == plain.prompt_lengths.tolist()
-    official = load(path, tokenizer, TokenSettings(False, 99, 99, 999, append_end_of_text=True))
+    official = load(path, tokenizer, replace(SFT, append_end_of_text=True))
     tail = tokenizer.encode("\n") + [tokenizer.end_of_text_id]
     assert sequence_ids(official, 0) == sequence_ids(plain, 0) + tail
     assert official.label_counts[0, 0] == plain.label_counts[0, 0] + len(tail)
-    system = load(path, tokenizer, TokenSettings(False, 99, 99, 999, system_prompt="Add."))
+    system = load(path, tokenizer, replace(SFT, system_prompt="Add."))
     text = tokenizer.decode(sequence_ids(system, 0), skip_special_tokens=False)
     assert text.startswith("<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user")
 
 
 def test_long_examples_are_dropped_never_truncated(tmp_path, tokenizer):
     short, long = [user("1?")], [user("1" * 50 + "?")]
-    rows = [
-        {"prompt": short, "chosen": [assistant("1")], "rejected": [assistant("2")]},
-        {"prompt": long, "chosen": [assistant("1")], "rejected": [assistant("2")]},
-        {"prompt": short, "chosen": [assistant("1" * 50)], "rejected": [assistant("2")]},
-        {"prompt": short, "chosen": [assistant("1")], "rejected": [assistant("2" * 50)]},
-    ]
-    path = write(tmp_path / "p.jsonl", *rows)
+    texts = [(short, "1", "2"), (long, "1", "2"), (short, "1" * 50, "2"), (short, "1", "2" * 50)]
+    path = write(tmp_path / "p.jsonl", *({"prompt": prompt, "chosen": [assistant(a)], "rejected": [assistant(b)]}
+                                         for prompt, a, b in texts))
     everything = load(path, tokenizer, PAIRS)
     assert everything.dropped == 0 and len(everything) == 4
     prompt, response = int(everything.prompt_lengths[0]), int(everything.label_counts[0, 0])
@@ -180,9 +169,8 @@ def test_the_cache_is_used_again_and_depends_on_all_that_decides_the_ids(tmp_pat
     again = load(path, tokenizer, SFT)
     assert not calls and sequence_ids(first, 0) == sequence_ids(again, 0) and first.digest == again.digest
 
-    load(path, tokenizer, TokenSettings(False, 10**6, 10**6, 10**6, prefill=""))
-    load(path, tokenizer, TokenSettings(False, 10**6, 10**6, 10**6, system_prompt=""))
-    load(path, tokenizer, TokenSettings(False, 10**6, 10**6, 10**6, loss_on_prompt=True))
+    for changes in ({"prefill": ""}, {"system_prompt": ""}, {"loss_on_prompt": True}):
+        load(path, tokenizer, replace(SFT, **changes))
     other = tmp_path / "other"
     tiny.write_tokenizer(other, vocab_size=300)
     load(path, Tokenizer.from_pretrained(other), SFT)
@@ -251,14 +239,10 @@ def test_ids_go_to_the_other_directory_where_the_data_may_not_be_written_beside(
 
 def test_the_digest_is_of_the_ids_and_labels(tmp_path, tokenizer):
     rows = [{"prompt": [user(f"{i}?")], "completion": [assistant("3")]} for i in range(2)]
-    on_prompt = TokenSettings(False, 10**6, 10**6, 10**6, loss_on_prompt=True)
-    digests = {
-        load(write(tmp_path / "a.jsonl", *rows), tokenizer, SFT).digest,
-        load(write(tmp_path / "b.jsonl", *rows[::-1]), tokenizer, SFT).digest,
-        load(write(tmp_path / "c.jsonl", *rows), tokenizer, on_prompt).digest,
-    }
-    assert len(digests) == 3
-    assert load(write(tmp_path / "d.jsonl", *rows), tokenizer, SFT).digest in digests
+    on_prompt = replace(SFT, loss_on_prompt=True)
+    digests = [load(write(tmp_path / f"{i}.jsonl", *order), tokenizer, settings).digest for i, (order, settings) in
+               enumerate([(rows, SFT), (rows[::-1], SFT), (rows, on_prompt), (rows, SFT)])]
+    assert len(set(digests)) == 3 and digests[0] == digests[3]
 
 
 # Held-out rows
@@ -350,8 +334,3 @@ def test_partition_balances_many_small_examples():
     assert len(parts) == 2  # the fewest that the cap allows
     loads = [sum(tokens[row] for row in part) for micro in parts for part in micro]
     assert max(loads) < 1.02 * min(loads)
-
-
-def test_partition_with_fewer_examples_than_ranks():
-    parts = partition(np.array([5]), np.array([100]), np.array([100.0]), 4, 10)
-    assert len(parts) == 1 and sorted(map(len, parts[0])) == [0, 0, 0, 1]

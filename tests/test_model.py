@@ -16,10 +16,8 @@ from redi.hub.config import parse_config
 from tests.tiny import QWEN2, randomize
 
 VOCAB = 123
-LLAMA3_SCALING = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                  "original_max_position_embeddings": 64}
 FAMILIES = {
     "qwen2": {},
     "qwen2 untied": {"tie_word_embeddings": False},

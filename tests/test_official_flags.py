@@ -97,10 +97,8 @@ def naive_logps(folder: Path, ids: list[int], labels_from: int) -> torch.Tensor:
 def test_the_command_trains_on_them(folder, method):
     flags = ["--append-end-of-text"] + ["--loss-on-prompt"] * (method == "sft")
     file = "positives.jsonl" if method == "sft" else "pairs.jsonl"
-    command = [
-        sys.executable, str(ROOT / "train.py"), method, "--model", "model", "--data", file, "--output", f"out-{method}",
-        "--batch-size", "5", "--steps", "1", *flags,
-    ]
+    words = f"{method} --model model --data {file} --output out-{method} --batch-size 5 --steps 1".split()
+    command = [sys.executable, str(ROOT / "train.py"), *words, *flags]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     metrics = json.loads((folder / f"out-{method}" / "metrics.jsonl").read_text())
 

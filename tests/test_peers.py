@@ -37,14 +37,10 @@ trl_data = pytest.importorskip("trl.data_utils", reason=PEERS)
 pytestmark = pytest.mark.peers
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = dict(
-    hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
-    max_position_embeddings=256,
-)
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+SIZES = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+             max_position_embeddings=256)
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 CONFIGS = {  # name: (config class, what differs from SIZES)
     "qwen2": ("Qwen2Config", {"rope_parameters": {"rope_type": "default", "rope_theta": 30000.0}}),
     "qwen3": ("Qwen3Config", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
@@ -227,27 +223,21 @@ def test_we_read_trls_preferences_as_trl_does(tmp_path, row):
     if len(expected["chosen"]) > 1 and isinstance(expected["prompt"], list):
         # TRL trains on every turn of the answer; we, on the last one after the same conversation.
         shared = len(expected["chosen"]) - 1
-        expected = {
-            "prompt": expected["prompt"] + expected["chosen"][:shared], "chosen": expected["chosen"][shared:],
-            "rejected": expected["rejected"][shared:],
-        }
+        prompt = expected["prompt"] + expected["chosen"][:shared]
+        expected = {"prompt": prompt, **{key: expected[key][shared:] for key in ("chosen", "rejected")}}
     [example] = read_examples(tmp_path / "rows.jsonl", pairs=True)
     assert example.prompt == expected["prompt"]
     for text, theirs in zip(example.completions, (expected["chosen"], expected["rejected"])):
         assert theirs == (text if isinstance(theirs, str) else [assistant(text)])
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "The sky is", "completion": " blue."},
-        {"prompt": [user("Sky?")], "completion": [assistant("blue")]},
-        {"prompt": [{"role": "system", "content": "Brief."}, user("Sky?")], "completion": [assistant("blue")]},
-        {"messages": [user("Sky?"), assistant("blue")]},
-        {"messages": [user("Sky?"), assistant("Where?"), user("Here."), assistant("blue")]},
-    ],
-    ids=range(5),
-)
+@pytest.mark.parametrize("row", [
+    {"prompt": "The sky is", "completion": " blue."},
+    {"prompt": TURNS[:1], "completion": BLUE},
+    {"prompt": [{"role": "system", "content": "Brief."}, user("Sky?")], "completion": BLUE},
+    {"messages": [user("Sky?"), *BLUE]},
+    {"messages": [*TURNS, *BLUE]},
+], ids=range(5))  # fmt: skip
 def test_we_read_trls_sft_forms_as_trl_does(tmp_path, row):
     """The text trained on is the one that TRL renders, up to the newline behind the last turn."""
     tiny.write_tokenizer(tmp_path)
@@ -316,10 +306,8 @@ def test_losses_copied_into_a_transformers_loop(tmp_path, tied, monkeypatch):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
     # And our own step as the command takes it.
-    command = [
-        sys.executable, str(ROOT / "train.py"), "redi", "--model", "model", "--data", "pairs.jsonl", "--output", "out",
-        "--batch-size", "5", "--steps", "1", "--micro-batch-tokens", "150",
-    ]
+    words = "redi --model model --data pairs.jsonl --output out --batch-size 5 --steps 1 --micro-batch-tokens 150"
+    command = [sys.executable, str(ROOT / "train.py"), *words.split()]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     metrics = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
     assert metrics["loss"] == pytest.approx(value, abs=1e-5)

@@ -22,11 +22,10 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 # Qwen2.5-Math-1.5B
-QWEN_1_5B = {
-    "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
-    "rope_theta": 300000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-}
+QWEN_1_5B = {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+             "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936,
+             "max_position_embeddings": 32768, "rope_theta": 300000.0, "rms_norm_eps": 1e-6,
+             "tie_word_embeddings": True}
 
 
 def run(folder: Path, *arguments: str, check=True) -> subprocess.CompletedProcess:

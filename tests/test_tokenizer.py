@@ -18,19 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 THINK = "<think>\n"
 # Qwen2.5-Math's template, without its branches for tools
 QWEN_TEMPLATE = r"""{%- if messages[0]['role'] == 'system' %}
-    {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
-{%- else %}
-    {{- '<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.' }}
-    {{- '<|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role != "system" or not loop.first %}
+    {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}{%- else %}
+    {{- '<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n' }}
+{%- endif %}{%- for message in messages %}{%- if message.role != "system" or not loop.first %}
         {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}
+{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
 """
 THINKING_TEMPLATE = QWEN_TEMPLATE.replace(r"assistant\n' }}", r"assistant\n<think>\n' }}")
 
@@ -303,7 +295,8 @@ REASONING_TEMPLATE = r"""{%- for m in messages %}
 """
 CHANNELS_TEMPLATE = (
     "{% for m in messages %}{% if m.thinking %}<|im_start|>analysis:{{ m.thinking }}{% endif %}"
-    "<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    "<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
 
 

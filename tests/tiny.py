@@ -16,11 +16,9 @@ from redi.hub.weights import save_pretrained
 from redi.tokenizer import CHATML_TEMPLATE, PREFILL, Tokenizer
 
 TEXTS = ["What is 1 + 2? Let me think step by step: 1 + 2 = 3.\n</think>\nThe answer is \\boxed{3}.", "user assistant"]
-QWEN2 = {
-    "model_type": "qwen2", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-}
+QWEN2 = {"model_type": "qwen2", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_theta": 10000.0,
+         "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
 
 
 def write_tokenizer(directory: Path, texts=TEXTS, vocab_size: int = 400) -> None:

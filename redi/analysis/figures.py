@@ -21,10 +21,8 @@ PANELS = {  # key in metrics.jsonl (held-out values: with the prefix eval_) -> t
     "margin": "Margin: chosen − rejected LogPS",
     "lr_grad_norm": "Learning rate × gradient norm",
 }
-STYLE = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
-    "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False, "svg.fonttype": "none",
-}
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
+         "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False, "svg.fonttype": "none"}
 
 
 def plot_dynamics(runs: list[Path], labels: list[str], results: list[dict], path: Path) -> None:

@@ -47,11 +47,9 @@ GIVES = " -> "
 IN_MY_HEAD = "In my head: "  # starts a hurried move; makes hurried solutions about as long as careful ones
 MOVE = re.compile(rf"^(?:{IN_MY_HEAD})?(\d+)((?:[+-]\d)+){GIVES}(\d+)$", re.MULTILINE)
 
-MODEL = {
-    "model_type": "qwen2", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "initializer_range": 0.05,
-}
+MODEL = {"model_type": "qwen2", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 10000.0,
+         "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "initializer_range": 0.05}
 
 
 def pour(level: int, changes: list[int]) -> int:

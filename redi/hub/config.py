@@ -10,10 +10,8 @@ from redi.model import FAMILIES, ModelConfig
 from redi.tokenizer import Tokenizer
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings",
-)  # fmt: skip
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "max_position_embeddings")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -50,11 +48,9 @@ def parse_config(raw: dict, **overrides) -> ModelConfig:
         raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
     if values["head_dim"] % 2:
         raise ValueError(f"head_dim is {values['head_dim']}; rotary embeddings need an even number")
-    return ModelConfig(
-        model_type=model_type, rope_theta=float(values["rope_theta"]), rms_norm_eps=values["rms_norm_eps"],
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings")), rope_scaling=rope_scaling, raw=dict(raw),
-        **{key: values[key] for key in SIZES},
-    )
+    return ModelConfig(model_type=model_type, rope_theta=float(values["rope_theta"]),
+                       rms_norm_eps=values["rms_norm_eps"], tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+                       rope_scaling=rope_scaling, raw=dict(raw), **{key: values[key] for key in SIZES})
 
 
 def _require_positive(kind, values: dict, *keys: str) -> None:

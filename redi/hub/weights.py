@@ -26,9 +26,8 @@ SHARD_BYTES = 5 * 2**30
 FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
-def load_pretrained(
-    directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **overrides
-) -> CausalLM:
+def load_pretrained(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+                    **overrides) -> CausalLM:
     """A model directory as an unsharded model on one device. Overrides as in load_config.
 
     Raises ValueError naming the file and the tensor that is missing, unexpected, or of the wrong shape.
@@ -41,10 +40,8 @@ def load_pretrained(
     return model
 
 
-def load_sharded(
-    directory: str | Path, config: ModelConfig, device: torch.device, dtype: torch.dtype,
-    recompute: str = "nothing", keep_layers: int = 0, compile: bool = False,
-) -> CausalLM:  # fmt: skip
+def load_sharded(directory: str | Path, config: ModelConfig, device: torch.device, dtype: torch.dtype,
+                 recompute: str = "nothing", keep_layers: int = 0, compile: bool = False) -> CausalLM:
     """A model directory for training, sharded over all ranks: fp32 master weights, computation in `dtype`.
 
     recompute, keep_layers: as in CausalLM; compile: torch.compile the layers. Raises ValueError as load_pretrained.
@@ -105,13 +102,11 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
     qkv_bias, qk_norm = FAMILIES[config.model_type]
     hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    layer = {
-        "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (q_size, hidden), "self_attn.k_proj.weight": (kv_size, hidden),
-        "self_attn.v_proj.weight": (kv_size, hidden), "self_attn.o_proj.weight": (hidden, q_size),
-        "mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }  # fmt: skip
+    layer = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
+             "self_attn.q_proj.weight": (q_size, hidden), "self_attn.k_proj.weight": (kv_size, hidden),
+             "self_attn.v_proj.weight": (kv_size, hidden), "self_attn.o_proj.weight": (hidden, q_size),
+             "mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden),
+             "mlp.down_proj.weight": (hidden, inner)}
     if qk_norm:
         layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
     if qkv_bias:
@@ -187,9 +182,8 @@ def open_safetensors(path: Path):
 
 
 @torch.no_grad()
-def save_pretrained(
-    model: CausalLM, directory: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
-) -> None:
+def save_pretrained(model: CausalLM, directory: str | Path, tokenizer: Tokenizer | None = None,
+                    dtype: torch.dtype | None = None) -> None:
     """Write a directory that transformers, vLLM and load_pretrained read. All ranks call; rank 0 writes.
 
     Args:

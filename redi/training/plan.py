@@ -67,9 +67,8 @@ def training_flops(config: ModelConfig, lengths, labels, recompute: str, keep_la
     return 3 * forward_flops(config, lengths) + share * recomputed + head
 
 
-def peak_memory(
-    config: ModelConfig, tokens: int, ranks: int, itemsize: int, recompute: str, keep_layers=0, on_gpu=True
-) -> dict[str, dict[str, float]]:
+def peak_memory(config: ModelConfig, tokens: int, ranks: int, itemsize: int, recompute: str, keep_layers=0,
+                on_gpu=True) -> dict[str, dict[str, float]]:
     """Bytes of one rank by component, during the loss and during a layer's backward: memory peaks at one of the two.
     tokens: of a rank's largest micro-batch; itemsize: bytes of the compute dtype; the rest as in training_flops."""
     with torch.device("meta"):
@@ -121,10 +120,8 @@ def peak_memory(
     }
 
 
-def describe(
-    args: argparse.Namespace, config: ModelConfig, dataset: Dataset, batches: list[np.ndarray], itemsize: int,
-    reference: bool,
-) -> str:  # fmt: skip
+def describe(args: argparse.Namespace, config: ModelConfig, dataset: Dataset, batches: list[np.ndarray], itemsize: int,
+             reference: bool) -> str:
     """The plan as text. args: the flags above, and micro_batch_tokens, recompute, keep_layers; batches: the example
     indices of each optimiser step; itemsize: bytes of the compute dtype; reference: whether the method needs log-probs
     of the initial model."""
