@@ -23,11 +23,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import train
 from redi import attention, data, distributed, kernels, losses, model
 from redi.evaluation import generation
+from redi.training import dataset_logps
+from redi.training import run
 from redi.evaluation.generation import Request
+from redi.model import CausalLM
 from redi.hub import weights
 from redi.hub.config import parse_config
-from redi.model import CausalLM
-from redi.training import dataset_logps, run
 from tests import fake_cuda, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,9 +85,10 @@ def run_training(folder: Path, changes: dict, method: str, flags: list[str]) -> 
     tiny.write_rows(folder, examples=9)
     tiny.write_model(folder / "model", **{**SHAPE, **changes})
     file = "positives.jsonl" if method == "sft" else "pairs.jsonl"
-    paths = "--model", str(folder / "model"), "--data", str(folder / file), "--output", str(folder / "out")
-    words = "--overwrite --steps 2 --batch-size 4 --save-every 0 --log-every 9".split()
-    args = train.parse_args([method, *paths, *words, *flags])
+    args = train.parse_args([
+        method, "--model", str(folder / "model"), "--data", str(folder / file), "--output", str(folder / "out"),
+        "--overwrite", "--steps", "2", "--batch-size", "4", "--save-every", "0", "--log-every", "9", *flags,
+    ])  # fmt: skip
     assert args.dtype == "bfloat16"
 
     def reference(path, model, dataset, batch_size, micro_batch_tokens):  # computed, and not cached on disk

@@ -7,8 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.tiny import read_rows as rows
-from tests.tiny import write_model
+import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,10 +18,14 @@ def command(*arguments) -> None:
     assert run.returncode == 0, run.stderr
 
 
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_traces_to_table_by_the_command_line(shared_data, tmp_path):
     traces = shared_data / "traces" / "traces.jsonl"
     texts = [text for row in rows(traces) for text in row["generations"] or []]
-    write_model(tmp_path / "base", texts[:200], vocab_size=1000, max_position_embeddings=4096)
+    tiny.write_model(tmp_path / "base", texts[:200], vocab_size=1000, max_position_embeddings=4096)
     command("prepare_data.py", "openr1", "--input", traces, "--tokenizer", tmp_path / "base",
             "--output", tmp_path / "data")  # fmt: skip
     report = json.loads((tmp_path / "data" / "report.json").read_text())
