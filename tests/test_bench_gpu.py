@@ -1,17 +1,12 @@
 """The benchmark for GPUs runs at a tiny size on a CPU, so that whoever has a GPU for an hour does not debug it."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import run_python
 
 
-def bench(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tests" / "bench" / "gpu.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True)
+def bench(*flags: str):
+    return run_python("tests/bench/gpu.py", *flags, timeout=None)
 
 
 @pytest.mark.peers("transformers")
