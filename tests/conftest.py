@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,10 @@ def run_python(*arguments, cwd=ROOT, timeout=300, **environment: str) -> subproc
 
 
 def pytest_configure(config):
-    """Leave GPUs to those who use them: tests, and the commands that they start, see none, but for pytest -m gpu."""
+    """Leave GPUs to those who use them: tests, and the commands that they start, see none, but for pytest -m gpu.
+    Signals have their usual effect in these commands, also where the tests run in the background, under nohup."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     wanted = config.getoption("markexpr")
     if "gpu" not in wanted or "not gpu" in wanted:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
