@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from redi.cli import SIGNALS, end_with_parent
+from redi.cli import SIGNALS, end_with_parent, handle_signals
 from redi.evaluation.sample_store import sample_id, sample_outputs
 from redi.files import error_context, file_digest, read_jsonl, resolve_directory
 from redi.problems import Benchmark, gold_answers
@@ -267,13 +267,18 @@ def _shut_down(pool: ProcessPoolExecutor) -> None:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """A worker that starts in the block inherits the signal mask: a signal that goes to all processes (Ctrl-C in a
-    terminal, the end of a batch job) is the parent's to handle."""
+    """Signals wait for the end of the block. A worker that starts in it inherits the signal mask: a signal that goes to
+    all processes (Ctrl-C in a terminal, the end of a batch job) is the parent's to handle. The mask alone does not keep
+    one from the parent, as a thread of a library, pyarrow's for one, may receive it."""
+    received = []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        yield
+        with handle_signals(received.append):
+            yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in received:
+            signal.raise_signal(number)
 
 
 def require(row: dict, *names: str) -> None:
