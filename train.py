@@ -103,12 +103,13 @@ def train(args: argparse.Namespace) -> None:
     eval_dataset = args.eval_data and load_data(args, args.eval_data, tokenizer, config)
     if eval_dataset:
         dataset_logps.compare_held_out(dataset, eval_dataset, args.data, args.eval_data)
+    model_digest = weights_digest(directory)
     # Nothing is written before all inputs are checked.
-    run.prepare_output_dir(weights_digest(directory), dataset.digest, eval_dataset and eval_dataset.digest)
+    run.prepare_output_dir(model_digest, dataset.digest, eval_dataset and eval_dataset.digest)
     batching = {"batch_size": args.batch_size, "micro_batch_tokens": args.micro_batch_tokens}
     reference = None
     if method.reference:
-        path = dataset_logps.reference_path(args.data, args.output, directory, config, args.dtype, dataset)
+        path = dataset_logps.reference_path(args.data, args.output, model_digest, config, args.dtype, dataset)
         reference = dataset_logps.reference(path, model, dataset, **batching)
     optimizer = build_optimizer(model, args.lr, args.weight_decay)
     run.restore(model, optimizer, tokenizer,

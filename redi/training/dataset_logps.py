@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from redi import attention, data, distributed, files, kernels, losses
 from redi import model as model_code
-from redi.hub.weights import weights_digest
 from redi.training.plan import forward_flops
 
 # DPO's policy starts as its reference: how far the two may differ before the first update, in nats per token.
@@ -38,14 +37,14 @@ def completion_logps(
 
 
 def reference_path(
-    data_path: Path, fallback: Path, directory: Path, config: model_code.ModelConfig, dtype: str, dataset: data.Dataset
-) -> Path:
-    """The cache file of `reference`, named by all that decides its content: the weights in `directory`, the model's
-    config, the dtype, the rows, and the code that computes log-probs. In `fallback` if the data's directory is
+    data_path: Path, fallback: Path, model_digest: str, config: model_code.ModelConfig, dtype: str,
+    dataset: data.Dataset,
+) -> Path:  # fmt: skip
+    """The cache file of `reference`, named by all that decides its content: the initial weights (their digest), the
+    model's config, the dtype, the rows, and the code that computes log-probs. In `fallback` if the data's directory is
     read-only."""
     code = files.code_digest(attention, data, kernels, losses, model_code, __file__)
-    return files.cache_path(data_path, "reference", fallback, weights_digest(directory), config, dtype, dataset.digest,
-                            code)
+    return files.cache_path(data_path, "reference", fallback, model_digest, config, dtype, dataset.digest, code)
 
 
 def reference(path: Path, model, dataset: data.Dataset, batch_size: int, micro_batch_tokens: int) -> torch.Tensor:
